@@ -1,0 +1,24 @@
+PYTHON ?= python3
+VENV   := .venv
+PY     := $(VENV)/bin/python
+
+.PHONY: demo test clean
+
+demo: $(VENV)/.demo-ready  ## set up if needed, then align a small transformer from demonstrations
+	$(PY) afd.py --out out/demo --overwrite
+
+test: $(VENV)/.test-ready  ## set up if needed, then run the tests
+	$(PY) -m pytest
+
+$(VENV)/.demo-ready: requirements.txt
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'error: Python 3.11 or newer is needed')"
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet -r requirements.txt
+	touch $@
+
+$(VENV)/.test-ready: $(VENV)/.demo-ready requirements-dev.txt
+	$(PY) -m pip install --quiet -r requirements-dev.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) out
