@@ -1,2 +1,341 @@
+"""GPT-2's transformer, its sampler, log-probabilities, tokenizers and checkpoints.
+
+Shapes: B batch, T time (tokens), V vocabulary, D width, H heads, N candidates per prompt.
+
+A policy is a language model: pi(a_t|s_t) = softmax(logits_t) with s_t = (prompt, response so far).
+What is sampled here is exactly what is differentiated: temperature 1, no top-k, and tokens that the
+policy cannot write (`suppress_tokens`: padding, unknown words) have probability zero in both.
+
+A batch holds sequences of different lengths, padded on the right; masks come from lengths, never
+from a token's id, so padding may be any id and is not EOS. Causal attention lets no real token see
+the padding behind it, hence no mask is needed in training.
+"""
+
+import json
+import math
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import tokenizers
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
 class InputError(ValueError):
     """The user's input is at fault: scripts print it as one line and exit with status 2."""
+
+
+# ---- the transformer (names and layout of GPT-2) ------------------------------------------------
+
+@dataclass
+class GPTConfig:
+    vocab_size: int
+    n_positions: int = 64       # longest sequence, prompt and response together, in tokens
+    n_embd: int = 96
+    n_layer: int = 3
+    n_head: int = 4
+    layer_norm_epsilon: float = 1e-5
+    suppress_tokens: tuple = ()     # ids of probability zero: pi never writes them
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.n_head = config.n_head
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x, cache=None, mask=None):
+        B, T, D = x.shape
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, D // self.n_head)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)            # each (B, H, T, D/H)
+        if cache is not None:
+            k, v = cache.append(k, v)                   # (B, H, T so far, D/H)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, D))
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        D, eps = config.n_embd, config.layer_norm_epsilon
+        self.ln_1, self.ln_2 = nn.LayerNorm(D, eps=eps), nn.LayerNorm(D, eps=eps)
+        self.attn = Attention(config)
+        self.mlp = nn.ModuleDict({"c_fc": nn.Linear(D, 4 * D), "c_proj": nn.Linear(4 * D, D)})
+
+    def forward(self, x, cache=None, mask=None):
+        x = x + self.attn(self.ln_1(x), cache, mask)
+        h = F.gelu(self.mlp.c_fc(self.ln_2(x)), approximate="tanh")
+        return x + self.mlp.c_proj(h)
+
+
+class GPT(nn.Module):
+    """GPT-2: learned positions, pre-norm blocks, tanh-GELU, output head tied to the embedding.
+
+    Differs from GPT-2: no dropout. Source: Radford et al. 2019.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        suppress = torch.zeros(config.vocab_size)
+        suppress[list(config.suppress_tokens)] = -math.inf
+        self.register_buffer("suppress", suppress, persistent=False)
+        self.apply(self._init_weights)
+
+    def _init_weights(self, module):
+        std = 0.02 * math.sqrt(768 / self.config.n_embd)    # GPT-2 small's 0.02 at its width of 768
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=std)
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
+        if isinstance(module, Block):   # keeps the residual stream's variance at depth n_layer
+            for name in ("attn.c_proj", "mlp.c_proj"):
+                weight = module.get_submodule(name).weight
+                nn.init.normal_(weight, std=std / math.sqrt(2 * self.config.n_layer))
+
+    def hidden(self, idx, positions=None, caches=None, mask=None):
+        """Hidden states after the last norm, (B, T, D), of token ids idx (B, T)."""
+        if positions is None:
+            positions = torch.arange(idx.shape[1], device=idx.device)
+        x = self.wte(idx) + self.wpe(positions)
+        for i, block in enumerate(self.h):
+            x = block(x, caches[i] if caches else None, mask)
+        return self.ln_f(x)
+
+    def logits(self, hidden):
+        """Next-token logits (..., V) of hidden states (..., D); suppressed tokens are -inf."""
+        return F.linear(hidden, self.wte.weight, self.suppress.to(hidden.dtype))
+
+    def forward(self, idx, return_hidden=False):
+        """Next-token logits at every position, (B, T, V); with return_hidden also (B, T, D)."""
+        hidden = self.hidden(idx)
+        return (self.logits(hidden), hidden) if return_hidden else self.logits(hidden)
+
+    # ---- sampling -------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def generate(self, prompts, max_new_tokens, lengths=None, n=1, eos=None, pad=0, generator=None):
+        """Sample n responses to each prompt from pi, at temperature 1, with a KV cache.
+
+        prompts (B, T) token ids padded on the right, lengths (B,) their lengths (all T if None).
+        A response ends with eos, which is part of it, or after max_new_tokens. Each prompt is
+        encoded once for its n candidates; finished rows leave the batch.
+        Returns tokens (B*n, max_new_tokens), filled up with pad, and lengths (B*n,); the candidates
+        of a prompt stand together. Raises ValueError if a response might outgrow n_positions.
+        """
+        B, T = prompts.shape
+        device = prompts.device
+        if lengths is None:
+            lengths = torch.full((B,), T, device=device)
+        if not 0 < int(lengths.min()) or int(lengths.max()) + max_new_tokens > self.config.n_positions:
+            raise ValueError(f"prompts of {int(lengths.min())} to {int(lengths.max())} tokens and "
+                             f"{max_new_tokens} new ones do not fit {self.config.n_positions}")
+        hidden, caches, real = self._prefill(prompts, lengths, max_new_tokens)
+        rows = torch.arange(B, device=device).repeat_interleave(n)
+        for cache in caches:
+            cache.select(rows)
+        hidden, real, position = hidden[rows], real[rows], lengths[rows]
+        tokens = torch.full((B * n, max_new_tokens), pad, dtype=torch.long, device=device)
+        done = torch.full((B * n,), max_new_tokens, device=device)
+        alive = torch.arange(B * n, device=device)      # output row of each row still in the batch
+        for t in range(max_new_tokens):
+            drawn = sample_logits(self.logits(hidden), generator)
+            tokens[alive, t] = drawn
+            if eos is not None:
+                ended = drawn == eos
+                done[alive[ended]] = t + 1
+                if bool(ended.any()):
+                    keep = (~ended).nonzero().squeeze(1)
+                    alive, drawn, real, position = alive[keep], drawn[keep], real[keep], position[keep]
+                    for cache in caches:
+                        cache.select(keep)
+            if len(alive) == 0 or t + 1 == max_new_tokens:
+                break
+            real = F.pad(real, (0, 1), value=True)
+            hidden = self.hidden(drawn[:, None], position[:, None], caches, real[:, None, None])[:, 0]
+            position = position + 1
+        return tokens, done
+
+    def _prefill(self, prompts, lengths, max_new_tokens):
+        """Encode the prompts, moved to the right edge so that all rows write the same cache slot.
+
+        Returns the last hidden states (B, D), the caches and which slots are real, (B, T) bool.
+        """
+        T = int(lengths.max())
+        slot = torch.arange(T, device=prompts.device)
+        source = slot - (T - lengths)[:, None]          # (B, T): position in the prompt, < 0: padding
+        real, positions = source >= 0, source.clamp(min=0)
+        causal = slot[:, None] >= slot
+        # a padding row may look at itself: a softmax over nothing would be nan
+        mask = (causal & real[:, None, :]) | torch.eye(T, dtype=torch.bool, device=prompts.device)
+        caches = [KVCache(T + max_new_tokens) for _ in self.h]
+        hidden = self.hidden(prompts.gather(1, positions), positions, caches, mask[:, None])
+        return hidden[:, -1], caches, real
+
+
+class KVCache:
+    """Keys and values of one layer, preallocated: (B, H, slots, D/H), the first `used` filled."""
+
+    def __init__(self, slots):
+        self.slots, self.used, self.k, self.v = slots, 0, None, None
+
+    def append(self, k, v):
+        if self.k is None:
+            self.k = k.new_empty(*k.shape[:2], self.slots, k.shape[3])
+            self.v = torch.empty_like(self.k)
+        end = self.used + k.shape[2]
+        self.k[:, :, self.used:end], self.v[:, :, self.used:end] = k, v
+        self.used = end
+        return self.k[:, :, :end], self.v[:, :, :end]
+
+    def select(self, rows):
+        """Keep these batch rows, in this order; a row may be named more than once."""
+        self.k, self.v = self.k[rows], self.v[rows]
+
+
+def sample_logits(logits, generator=None):
+    """One token per row, (B,), drawn from softmax(logits), (B, V), by inverting the cumulative sum.
+
+    One uniform per row; a token of probability zero is never drawn.
+    """
+    cumulative = logits.softmax(-1).cumsum(-1)
+    # u in (0, 1]: u = 0 would pick a first token of probability zero
+    u = 1 - torch.rand(len(logits), 1, generator=generator, device=logits.device)
+    return torch.searchsorted(cumulative, u * cumulative[:, -1:]).squeeze(1)
+
+
+# ---- batches of (prompt, response) pairs and their log-probabilities -----------------------------
+
+@dataclass
+class Batch:
+    """Token ids (B, T), padded on the right; prompt_lengths (B,) and whole lengths (B,)."""
+    tokens: torch.Tensor
+    prompt_lengths: torch.Tensor
+    lengths: torch.Tensor
+
+    def response_mask(self):
+        """True at response tokens, EOS included, (B, T); never at t = 0, which has no state."""
+        t = torch.arange(self.tokens.shape[1], device=self.tokens.device)
+        start = self.prompt_lengths.clamp(min=1)
+        return (t >= start[:, None]) & (t < self.lengths[:, None])
+
+
+def collate(pairs, device="cpu", pad=0):
+    """A Batch of (prompt ids, response ids) pairs, each a list of int."""
+    rows = [[*prompt, *response] for prompt, response in pairs]
+    width = max(len(row) for row in rows)
+    tokens = torch.tensor([row + [pad] * (width - len(row)) for row in rows])
+    lengths = [(len(prompt), len(row)) for (prompt, _), row in zip(pairs, rows)]
+    prompt_lengths, lengths = torch.tensor(lengths).T
+    return Batch(tokens.to(device), prompt_lengths.to(device), lengths.to(device))
+
+
+def logp_token(model, batch):
+    """log pi(y_t | x, y_<t), (B, T) in nats per token; zero outside the response.
+
+    The vocabulary's logits are made at response positions only.
+    """
+    mask = batch.response_mask()
+    hidden = model.hidden(batch.tokens)[:, :-1][mask[:, 1:]]
+    logp = model.logits(hidden).log_softmax(-1)
+    chosen = logp.gather(1, batch.tokens[mask][:, None]).squeeze(1)
+    return torch.zeros(mask.shape, dtype=chosen.dtype, device=mask.device).masked_scatter(mask, chosen)
+
+
+def logp_seq(model, batch):
+    """log d^pi(y|x) = sum_t log pi(y_t | x, y_<t), (B,) in nats per sequence."""
+    return logp_token(model, batch).sum(1)
+
+
+# ---- tokenizers ---------------------------------------------------------------------------------
+
+PAD, EOS, UNK = "<|pad|>", "<|endoftext|>", "<|unk|>"
+
+
+class Tokenizer:
+    """A `tokenizers.Tokenizer` with the ids that the policy needs: eos, pad, and unk if it has one."""
+
+    def __init__(self, backend):
+        self.backend = backend
+        self.eos, self.pad, self.unk = (backend.token_to_id(t) for t in (EOS, PAD, UNK))
+        if self.eos is None:
+            raise InputError(f"the tokenizer has no {EOS} token")
+
+    def __len__(self):
+        return self.backend.get_vocab_size()
+
+    @property
+    def suppress(self):
+        """Ids that no policy may write: padding and the unknown word."""
+        return tuple(i for i in (self.pad, self.unk) if i is not None)
+
+    def encode(self, text):
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids):
+        return self.backend.decode(list(ids), skip_special_tokens=True)
+
+
+def word_tokenizer(words):
+    """Word-level tokenizer of a closed vocabulary; any other word becomes UNK."""
+    vocabulary = {word: i for i, word in enumerate([PAD, EOS, UNK, *words])}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token=UNK))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    backend.add_special_tokens([PAD, EOS, UNK])
+    return Tokenizer(backend)
+
+
+def bpe_tokenizer(texts, vocab_size):
+    """Byte-level BPE, as GPT-2's, trained on these texts: it can write and read any bytes."""
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    backend.train_from_iterator(texts, tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[PAD, EOS], show_progress=False,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
+    return Tokenizer(backend)
+
+
+# ---- checkpoints --------------------------------------------------------------------------------
+
+def save_pretrained(folder, model, tokenizer, **extra):
+    """Write config.json, pytorch_model.bin and tokenizer.json; each aside first, then renamed."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {"model_type": "gpt2", **asdict(model.config), **extra}
+    write_aside(folder / "config.json", lambda f: f.write_text(json.dumps(config, indent=2) + "\n"))
+    write_aside(folder / "tokenizer.json", lambda f: tokenizer.backend.save(str(f)))
+    write_aside(folder / "pytorch_model.bin", lambda f: torch.save(model.state_dict(), f))
+
+
+def write_aside(path, write):
+    """write(part) fills a file beside path, which is then renamed: path is whole or not there."""
+    part = path.with_name(f".{path.name}.part")
+    write(part)
+    part.replace(path)
+
+
+def load_pretrained(folder):
+    """(GPT, Tokenizer, config as a dict) from a folder that save_pretrained wrote.
+
+    Only tensors are read from the weights file, never code. Raises InputError naming what is
+    missing or does not fit.
+    """
+    folder = Path(folder)
+    for name in ("config.json", "pytorch_model.bin", "tokenizer.json"):
+        if not (folder / name).is_file():
+            raise InputError(f"{folder}: no checkpoint here, {name} is missing")
+    try:
+        raw = json.loads((folder / "config.json").read_text())
+        model = GPT(GPTConfig(**{f.name: raw[f.name] for f in fields(GPTConfig)}))
+        model.load_state_dict(torch.load(folder / "pytorch_model.bin", weights_only=True))
+        tokenizer = Tokenizer(tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")))
+    except Exception as error:      # each loader has its own kinds of error for a foreign file
+        raise InputError(f"{folder}: not a checkpoint: {str(error).splitlines()[0]}") from error
+    return model, tokenizer, raw

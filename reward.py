@@ -1,0 +1,109 @@
+"""Reward models: what a discriminator separates decides what it learns to reward.
+
+Shapes: B batch, T time (tokens), D width.
+
+A discriminator D = sigmoid(h) is trained on positives (label 1) against negatives (label 0); at its
+optimum the logit is h* = log d_positives - log d_negatives, and the logit is the reward.
+
+    init-sft    y ~ pi_0    against y ~ pi_SFT       the method: h* = log pi_SFT - log pi_0
+    init-demo   y ~ pi_0    against demonstrations   it can tell who wrote, not how well
+    sft-demo    y ~ pi_SFT  against demonstrations   who wrote is nearly all that is left
+    preference  Bradley-Terry on preferred/dispreferred pairs: needs labels the others do not get
+    log-ratio   log pi_SFT - log pi_0 in closed form: the optimum of init-sft, no training
+
+Every reward is a function batch -> (B,), in nats per sequence for all but `preference`, whose unit
+is the log-odds of being preferred. Source: arXiv:2405.15624, section 4.
+"""
+
+import copy
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from model import collate, logp_seq
+
+HEADS = ("sum", "last")
+
+
+class RewardModel(nn.Module):
+    """A transformer trunk, started from pi_0, with one scalar score per response token.
+
+    head "sum":  r(x,y) = sum_t (w . h_t + b) over response tokens: the form of the optimum, which
+                 is a sum over tokens of log pi_SFT - log pi_0
+    head "last": r(x,y) = w . h_T + b at the last response token: the common reward head
+    """
+
+    def __init__(self, policy, head="sum"):
+        super().__init__()
+        self.trunk, self.head = copy.deepcopy(policy), head
+        self.score = nn.Linear(policy.config.n_embd, 1)
+        nn.init.zeros_(self.score.weight)       # D = 1/2 everywhere, whatever the length
+        nn.init.zeros_(self.score.bias)
+
+    def token_scores(self, batch):
+        """w . h_t + b at each token, (B, T); zero outside the response."""
+        return self.score(self.trunk.hidden(batch.tokens)).squeeze(-1) * batch.response_mask()
+
+    def forward(self, batch):
+        scores = self.token_scores(batch)
+        if self.head == "sum":
+            return scores.sum(1)
+        return scores.gather(1, batch.lengths[:, None] - 1).squeeze(1)
+
+
+def log_ratio(sft, init):
+    """The closed form h*(x,y) = log pi_SFT(y|x) - log pi_0(y|x), nats per sequence."""
+    return lambda batch: logp_seq(sft, batch) - logp_seq(init, batch)
+
+
+def discriminator_loss(logit_positive, logit_negative):
+    """-E[log D(y+)] / 2 - E[log(1 - D(y-))] / 2 with D = sigmoid(logit): nats; log 2 at chance."""
+    return (F.softplus(-logit_positive).mean() + F.softplus(logit_negative).mean()) / 2
+
+
+def bradley_terry_loss(reward_preferred, reward_other):
+    """-E[log sigmoid(r+ - r-)]: nats; log 2 at chance. Source: Bradley and Terry 1952."""
+    return F.softplus(reward_other - reward_preferred).mean()
+
+
+@torch.inference_mode()
+def score(reward, pairs, device="cpu", batch_size=256):
+    """Rewards of (prompt ids, response ids) pairs, numpy (len(pairs),), in the pairs' own order."""
+    order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]))
+    scores = np.empty(len(pairs))
+    for start in range(0, len(order), batch_size):
+        chunk = order[start:start + batch_size]
+        scores[chunk] = reward(collate([pairs[i] for i in chunk], device)).float().cpu().numpy()
+    return scores
+
+
+# ---- how good a reward model is -----------------------------------------------------------------
+
+def ranks(values):
+    """Ranks along the last axis, ties sharing their mean rank."""
+    values = np.asarray(values)
+    below = (values[..., None, :] < values[..., :, None]).sum(-1)
+    equal = (values[..., None, :] == values[..., :, None]).sum(-1)
+    return below + (equal - 1) / 2
+
+
+def correlation(a, b):
+    """Pearson correlation along the last axis; nan where either side does not vary."""
+    a, b = a - a.mean(-1, keepdims=True), b - b.mean(-1, keepdims=True)
+    norm = np.sqrt((a ** 2).sum(-1) * (b ** 2).sum(-1))
+    return np.divide((a * b).sum(-1), norm, out=np.full(norm.shape, np.nan), where=norm > 1e-12)
+
+
+def rank_correlation(a, b):
+    """Spearman's correlation within each prompt, (P, N) against (P, N): the mean over prompts."""
+    return float(np.nanmean(correlation(ranks(a), ranks(b))))
+
+
+def calibration(logits, labels, bins=10):
+    """Expected calibration error of sigmoid(logit): mean over bins of |mean label - mean D|."""
+    d = 1 / (1 + np.exp(-np.clip(logits, -50, 50)))
+    which = np.minimum((d * bins).astype(int), bins - 1)
+    gaps = [abs((labels[which == b] - d[which == b]).sum()) for b in range(bins)]
+    return float(sum(gaps) / len(d))
