@@ -1,0 +1,363 @@
+"""A gridworld with slip: why known dynamics matter when the demonstrations are few.
+
+A demonstrator walks from S to G around a lake of lava, by the upper or by the lower route, and one
+step in five slips to the side. From n of its walks, and never from the reward, each method
+makes a policy:
+
+- behaviour cloning (BC) copies the action seen in each state. It never asks where its own steps
+  lead, and where it was shown nothing the likelihood leaves it free: it moves at random there.
+- occupancy matching knows the dynamics P. It rolls itself out, exactly, and lowers the divergence
+  between its own occupancy and that of the demonstrations: an unseen state has no action to copy,
+  but some actions lead back to states that were seen, and these are worth more.
+- MaxEnt IRL knows P too. It finds a reward under which the demonstrations are likely, then plans.
+
+P plays the part that concatenation plays in the token MDP (there without slip). Run
+`python -m toy_envs.gridworld`; every expectation below is computed, only the walks are sampled.
+
+Shapes: T horizon, S states, A actions; B any leading batch (seeds, numbers of demonstrations).
+Time-indexed arrays follow the published recurrences: V[t,s], Q[t,s,a], policy[t,s,a] = pi_t(a|s),
+occupancy[t,s,a] = P(s_t = s, a_t = a), which sums to T. P[s,a,s'], start[s]; all float64.
+"""
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch.nn.functional import softplus
+
+from model import InputError
+from toy_envs.figures import COLORS, pyplot, save_figure
+from train import parse_settings, run_script, setting
+
+# S start, G goal, x lava; u and l are the gates of the upper and of the lower route, free cells.
+# Two rows lead past the lava on either side, so that a careful walker can keep off its shore.
+MAP = ("....u....",
+       "....u....",
+       "...xxx...",
+       "S..xxx..G",
+       "...xxx...",
+       "....l....",
+       "....l....")
+MOVES = ((-1, 0), (0, 1), (1, 0), (0, -1))  # up, right, down, left as (row, column)
+METHODS = {  # name: colour, line style; BC is the forward KL of 1.2, state by state
+    "BC": (COLORS["forward_kl"], "-"), "BC nearest": (COLORS["forward_kl"], "--"),
+    "matching KL": (COLORS["reverse_kl"], "-"), "matching JS": (COLORS["jensen_shannon"], "-"),
+    "MaxEnt IRL": (COLORS["length"], "-"),
+}
+MAX_ENTRIES = 5_000_000  # of one policy[B,t,s,a]: a run holds about a dozen arrays of this size
+
+
+@dataclass
+class Settings:
+    """Behaviour cloning, occupancy matching and MaxEnt IRL in a gridworld with slip."""
+    seed: int = setting(0, "seed of all demonstrations")
+    seeds: int = setting(20, "independent sets of demonstrations (the intervals are over these)")
+    demos: str = setting("1,2,5,10,20,50,100", "numbers of demonstrations, comma-separated")
+    slip: float = setting(0.2, "probability of a step to the side (Russell and Norvig's 0.1 each)")
+    horizon: int = setting(35, "steps of an episode: twice what the longer way takes, 14 / 0.8")
+    temperature: float = setting(0.2, "of the demonstrator: a wasted step is e^5 times less likely")
+    rounds: int = setting(100, "rounds of occupancy matching")
+    step: float = setting(0.1, "step size of the policy in occupancy matching (0.5 oscillates)")
+    out: str = setting("out/gridworld", "folder for gridworld.png and results.json")
+
+
+@dataclass(frozen=True)
+class World:
+    """A finite MDP; golden (S,) is the reward per step spent in a state, unknown to the learners.
+
+    The goal pays 1 and lava -1 per step, and both are absorbing: the episode always lasts T steps,
+    so no method gains by ending it early, and to arrive sooner is to earn more.
+    """
+    P: torch.Tensor
+    start: torch.Tensor
+    golden: torch.Tensor
+    cells: str
+    width: int
+
+
+def read_map(rows, slip):
+    """The World of a character map: with probability slip a move goes to one of its two sides.
+
+    rows: equally long strings of the characters above; a move off the map stays where it is.
+    """
+    cells, width = "".join(rows), len(rows[0])
+    P = torch.zeros(len(cells), len(MOVES), len(cells), dtype=torch.float64)
+    for s, cell in enumerate(cells):
+        for a in range(len(MOVES)):
+            for turn, probability in ((0, 1 - slip), (1, slip / 2), (-1, slip / 2)):
+                row = s // width + MOVES[(a + turn) % 4][0]
+                column = s % width + MOVES[(a + turn) % 4][1]
+                inside = 0 <= row < len(rows) and 0 <= column < width
+                to = row * width + column if inside and cell not in "xG" else s
+                P[s, a, to] += probability
+    golden = marked(cells, "G") - marked(cells, "x")
+    return World(P, marked(cells, "S"), golden, cells, width)
+
+
+def marked(cells, character):
+    """1.0 at the cells that hold the character, 0.0 elsewhere: (S,)."""
+    return torch.tensor([float(cell == character) for cell in cells], dtype=torch.float64)
+
+
+# ---- dynamic programming ------------------------------------------------------------------------
+
+def expect_next(P, V):
+    """E[V(s') | s, a] = sum_s' P[s,a,s'] V(s'): (..., S) -> (..., S, A)."""
+    S, A, _ = P.shape
+    return (V @ P.reshape(S * A, S).T).reshape(*V.shape[:-1], S, A)
+
+
+def occupancy(P, start, policy):
+    """How often each state and action come up at each time: the forward recurrence.
+
+    rho[t,s,a] = mu_t(s) pi_t(a|s),  mu_0 = start,  mu_{t+1}(s') = sum_{s,a} rho[t,s,a] P[s,a,s'].
+    policy (..., T, S, A) -> the same shape; each t sums to one, all of it to T (no discount).
+    """
+    S, A, _ = P.shape
+    mu, steps = start, []
+    for pi in policy.unbind(-3):
+        rho = mu[..., None] * pi
+        steps.append(rho)
+        mu = rho.reshape(*rho.shape[:-2], S * A) @ P.reshape(S * A, S)
+    return torch.stack(steps, dim=-3)
+
+
+def advantage(P, reward, policy):
+    """A[t,s,a] = Q[t,s,a] - V[t,s] of a policy, by the backward recurrence.
+
+    Q[t,s,a] = r(s,a) + E[V[t+1,s'] | s,a],  V[t,s] = sum_a pi_t(a|s) Q[t,s,a],  V[T] = 0.
+    reward (..., S, A), policy (..., T, S, A) -> (..., T, S, A).
+    """
+    V, steps = torch.zeros_like(reward[..., 0]), []
+    for pi in reversed(policy.unbind(-3)):
+        Q = reward + expect_next(P, V)
+        V = (pi * Q).sum(-1)
+        steps.append(Q - V[..., None])
+    return torch.stack(steps[::-1], dim=-3)
+
+
+def soft_value_iteration(P, reward, horizon, temperature=1.0):
+    """The policy of maximal return plus temperature times entropy, by soft value iteration.
+
+    V[t,s] = tau logsumexp_a Q[t,s,a] / tau,  pi_t(a|s) = exp((Q[t,s,a] - V[t,s]) / tau),  V[T] = 0.
+    With a chance in the dynamics this is *causal* entropy (Ziebart, Bagnell & Dey, ICML 2010): the
+    paper of 2008 weighs whole paths and so credits a policy with luck; without slip they agree.
+    reward (..., S, A) -> V (..., T, S) and policy (..., T, S, A).
+    """
+    V, values, policies = torch.zeros_like(reward[..., 0]), [], []
+    for _ in range(horizon):
+        Q = reward + expect_next(P, V)
+        V = temperature * torch.logsumexp(Q / temperature, dim=-1)
+        values.append(V)
+        policies.append(torch.exp((Q - V[..., None]) / temperature))
+    return torch.stack(values[::-1], dim=-2), torch.stack(policies[::-1], dim=-3)
+
+
+# ---- the demonstrator ---------------------------------------------------------------------------
+
+def route_policies(world, horizon, temperature):
+    """The demonstrator's two ways, (2, T, S, A): near-optimal, but each shuns the other's gate.
+
+    To shun is to pay 1 per step spent in the gate, as in lava; nobody is walled in by it.
+    """
+    gates = torch.stack([marked(world.cells, "l"), marked(world.cells, "u")])
+    reward = (world.golden - gates)[..., None].expand(-1, -1, len(MOVES))
+    return soft_value_iteration(world.P, reward, horizon, temperature)[1]
+
+
+def sample_walks(P, start, policies, shape, generator):
+    """Draw walks, each by one of the K policies (K, T, S, A) chosen evenly at its start.
+
+    Returns states and actions, both (*shape, T), int64.
+    """
+    n, T = math.prod(shape), policies.shape[1]
+    route = torch.randint(len(policies), (n,), generator=generator)
+    s = torch.multinomial(start, n, replacement=True, generator=generator)
+    states, actions = [], []
+    for t in range(T):
+        a = torch.multinomial(policies[route, t, s], 1, generator=generator)[:, 0]
+        states.append(s)
+        actions.append(a)
+        s = torch.multinomial(P[s, a], 1, generator=generator)[:, 0]
+    return (torch.stack(states, -1).reshape(*shape, T),
+            torch.stack(actions, -1).reshape(*shape, T))
+
+
+def empirical_occupancy(states, actions, S, A):
+    """Steps per walk spent in each (s,a), mean over walks: (..., n, T) -> (..., S, A), sum T."""
+    index = (states * A + actions).flatten(-2)
+    n = states.shape[-2]
+    count = torch.zeros(*index.shape[:-1], S * A, dtype=torch.float64)
+    count.scatter_add_(-1, index, torch.ones(index.shape, dtype=torch.float64))
+    return count.reshape(*index.shape[:-1], S, A) / n
+
+
+# ---- three ways to learn from it ----------------------------------------------------------------
+
+def behaviour_cloning(rho_demo, distance=None):
+    """The maximum-likelihood policy pi(a|s) = rho_demo(s,a) / rho_demo(s): (..., S, A), for all t.
+
+    A state without data does not enter the likelihood, so *no* policy there is more likely than
+    another. The default is uniform: what a tabular softmax started at zero keeps, its gradient there
+    being zero, and the limit of add-alpha smoothing as alpha -> 0. Any better answer needs to know
+    something about the world: with distance (S, S) an unseen state copies the nearest seen one
+    (ties: the first), which is knowledge of geometry, though not yet of the dynamics.
+    """
+    seen = rho_demo.sum(-1)
+    policy = torch.where(seen[..., None] > 0,
+                         rho_demo / seen.clamp_min(torch.finfo(seen.dtype).tiny)[..., None],
+                         1 / rho_demo.shape[-1])
+    if distance is None:
+        return policy
+    far = torch.where(seen > 0, 0.0, torch.inf)[..., None, :]
+    nearest = (distance + far).argmin(-1)
+    return policy.gather(-2, nearest[..., None].expand_as(policy))
+
+
+def log_ratio(rho_demo, rho, floor):
+    """The tabular discriminator's optimum h*(s,a) = log(rho_demo + floor) - log(rho + floor).
+
+    Of the logistic loss -sum [(rho_demo + floor) log D + (rho + floor) log(1 - D)], D = sigmoid(h):
+    floor steps in each (s,a) bear both labels, which keeps h finite where nothing was demonstrated.
+    The logit is high for demonstrations.
+    """
+    return torch.log(rho_demo + floor) - torch.log(rho + floor)
+
+
+def occupancy_matching(P, start, rho_demo, horizon, reward, rounds, step, floor=0.01):
+    """Adversarial imitation with the discriminator and the roll-outs exact: minimise D_f(demo || pi).
+
+    Each round: h = the discriminator's optimum against the policy's own occupancy; r = reward(h),
+    held constant (section 1.3: h for the reverse KL, softplus(h) for Jensen-Shannon, which is
+    GAIL); one natural-gradient step of a softmax policy, theta[t,s,a] += step * A[t,s,a] (Kakade
+    2001). The plain gradient weighs A by mu_t(s), so it hardly moves in the states into which the
+    policy seldom slips, and these are the ones that matter here.
+    rho_demo (..., S, A) in steps per walk; the default floor is one step in a hundred walks.
+    Returns policy (..., T, S, A). Starts uniform: nothing is borrowed from behaviour cloning.
+    """
+    shape = (*rho_demo.shape[:-2], horizon, *rho_demo.shape[-2:])
+    theta = torch.zeros(shape, dtype=rho_demo.dtype)
+    for _ in range(rounds):
+        policy = theta.softmax(-1)
+        rho = occupancy(P, start, policy).sum(-3)
+        theta += step * advantage(P, reward(log_ratio(rho_demo, rho, floor)), policy)
+    return theta.softmax(-1)
+
+
+def maxent_irl(P, start, rho_demo, horizon, precision, iterations=300, rate=0.1):
+    """MaxEnt IRL (Ziebart et al., AAAI 2008): one reward per state, by maximum a posteriori.
+
+    Maximises E_demo[log pi_w] - precision/2 |w|^2 for the soft-optimal policy of reward w, whose
+    gradient is mu_demo - mu_pi - precision w (feature counts, the features being the states). Where
+    it vanishes and precision is 0, the feature expectations match. A state that no demonstration
+    entered would go to minus infinity; a prior of width sigma, 1 / precision = n sigma^2, stops it.
+    rho_demo (..., S, A), precision broadcastable to (..., 1) -> w (..., S) in nats per step (golden
+    reward divided by temperature, where the demonstrator is soft-optimal) and policy (..., T, S, A).
+    """
+    features = rho_demo.sum(-1)
+    w = torch.zeros_like(features, requires_grad=True)
+    adam = torch.optim.Adam([w], lr=rate)
+    for _ in range(iterations):
+        with torch.no_grad():
+            reward = w[..., None].expand_as(rho_demo)
+            _, policy = soft_value_iteration(P, reward, horizon)
+            mu = occupancy(P, start, policy).sum((-3, -1))
+            w.grad = mu - features + precision * w
+        adam.step()
+    w = w.detach()
+    return w, soft_value_iteration(P, w[..., None].expand_as(rho_demo), horizon)[1]
+
+
+# ---- how good it is -----------------------------------------------------------------------------
+
+def score(world, rho, seen):
+    """Golden return, failure rate and drift of occupancies (..., T, S, A), each of shape (...).
+
+    Failure: not in the goal at the last step. Drift: steps spent in cells that no demonstration
+    entered, seen (..., S), lava and goal (where the walk is over) not counted.
+    """
+    mu = rho.sum((-3, -1))
+    end = rho[..., -1, :, :].sum(-1)
+    absorbing = marked(world.cells, "G") + marked(world.cells, "x")
+    return {"return": mu @ world.golden, "failure": 1 - end @ marked(world.cells, "G"),
+            "drift": (mu * ~seen * (1 - absorbing)).sum(-1)}
+
+
+def mean_and_interval(x):
+    """Mean over the first dimension and the half-width of its 95% interval (Student's t).
+
+    The quantile is the Cornish-Fisher expansion about the normal's, good to 0.1% from 10 values on.
+    """
+    n, z = len(x), 1.959964
+    nu = n - 1
+    t = z + (z ** 3 + z) / (4 * nu) + (5 * z ** 5 + 16 * z ** 3 + 3 * z) / (96 * nu ** 2)
+    return x.mean(0), t * x.std(0) / math.sqrt(n)
+
+
+# ---- the experiment -----------------------------------------------------------------------------
+
+def checked_counts(s):
+    """The numbers of demonstrations as integers; raises InputError where a setting makes no sense."""
+    try:
+        counts = sorted({int(word) for word in s.demos.split(",")})
+    except ValueError:
+        raise InputError(f"--demos {s.demos}: expected whole numbers, like 1,10,100") from None
+    for good, message in (
+            (counts[0] >= 1, f"--demos {s.demos}: each must be at least 1"),
+            (s.seeds >= 2, f"--seeds {s.seeds}: an interval needs at least 2"),
+            (s.horizon >= 1 and s.rounds >= 1, "--horizon and --rounds must be at least 1"),
+            (0 <= s.slip <= 1, f"--slip {s.slip}: a probability lies between 0 and 1"),
+            (s.temperature > 0 and s.step > 0, "--temperature and --step must be above 0")):
+        if not good:
+            raise InputError(message)
+    entries = s.seeds * max(len(counts), counts[-1] // 250) * s.horizon * len("".join(MAP)) * 4
+    if entries > MAX_ENTRIES:
+        raise InputError(f"--seeds, --demos and --horizon together make arrays of {entries:,} "
+                         f"entries; the limit is {MAX_ENTRIES:,}")
+    return counts
+
+
+def learn(world, rho_demo, counts, s):
+    """Every method on rho_demo (seeds, numbers of demonstrations, S, A), all at once.
+
+    Returns {method: policy (seeds, counts, T, S, A)} and MaxEnt IRL's reward (seeds, counts, S).
+    """
+    P, start, T = world.P, world.start, s.horizon
+    S = len(world.cells)
+    place = torch.stack([torch.arange(S) // world.width, torch.arange(S) % world.width], -1)
+    distance = torch.cdist(place.double(), place.double(), p=1)
+    w, soft = maxent_irl(P, start, rho_demo, T, 1 / torch.tensor(counts)[:, None])  # sigma 1 nat
+    return {
+        "BC": over_time(behaviour_cloning(rho_demo), T),
+        "BC nearest": over_time(behaviour_cloning(rho_demo, distance), T),
+        "matching KL": occupancy_matching(P, start, rho_demo, T, lambda h: h, s.rounds, s.step),
+        "matching JS": occupancy_matching(P, start, rho_demo, T, softplus, s.rounds, s.step),
+        "MaxEnt IRL": soft,
+    }, w
+
+
+def over_time(policy, T):
+    """The same policy at every step: (..., S, A) -> (..., T, S, A)."""
+    return policy[..., None, :, :].expand(*policy.shape[:-2], T, *policy.shape[-2:])
+
+
+def experiment(world, s):
+    """Run everything; returns the scores {method: {measure: (seeds, counts)}} and maps to draw."""
+    counts = checked_counts(s)
+    generator = torch.Generator().manual_seed(s.seed)
+    experts = route_policies(world, s.horizon, s.temperature)
+    # the first n of a seed's walks are its n demonstrations: methods and numbers are compared paired
+    states, actions = sample_walks(world.P, world.start, experts, (s.seeds, counts[-1]), generator)
+    rho_demo = torch.stack([empirical_occupancy(states[:, :n], actions[:, :n], len(world.cells), 4)
+                            for n in counts], 1)
+    seen = rho_demo.sum(-1) > 0
+    policies, w = learn(world, rho_demo, counts, s)
+    rho = {name: occupancy(world.P, world.start, policy) for name, policy in policies.items()}
+    scores = {name: score(world, each, seen) for name, each in rho.items()}
+    rho_expert = occupancy(world.P, world.start, experts).mean(0)
+    expert = score(world, rho_expert, torch.ones(len(world.cells), dtype=torch.bool))
+    maps = {"counts": counts, "expert": rho_expert, "seen": seen, "reward": w,
+            **{name: each.sum((-3, -1)) for name, each in rho.items()}}
+    return scores, expert, maps
