@@ -54,7 +54,7 @@ class Settings:
     """Behaviour cloning, occupancy matching and MaxEnt IRL in a gridworld with slip."""
     seed: int = setting(0, "seed of all demonstrations")
     seeds: int = setting(20, "independent sets of demonstrations (the intervals are over these)")
-    demos: str = setting("1,2,5,10,20,50,100", "numbers of demonstrations, comma-separated")
+    demos: str = setting("1,3,10,30,100", "numbers of demonstrations, comma-separated")
     slip: float = setting(0.2, "probability of a step to the side (Russell and Norvig's 0.1 each)")
     horizon: int = setting(35, "steps of an episode: twice what the longer way takes, 14 / 0.8")
     temperature: float = setting(0.2, "of the demonstrator: a wasted step is e^5 times less likely")
@@ -149,10 +149,18 @@ def soft_value_iteration(P, reward, horizon, temperature=1.0):
     V, values, policies = torch.zeros_like(reward[..., 0]), [], []
     for _ in range(horizon):
         Q = reward + expect_next(P, V)
-        V = temperature * torch.logsumexp(Q / temperature, dim=-1)
+        top = Q.amax(-1, keepdim=True)  # logsumexp by hand: its exponentials are the policy as well
+        weight = torch.exp((Q - top) / temperature)
+        total = weight.sum(-1, keepdim=True)
+        V = (top + temperature * torch.log(total))[..., 0]
         values.append(V)
-        policies.append(torch.exp((Q - V[..., None]) / temperature))
+        policies.append(weight / total)
     return torch.stack(values[::-1], dim=-2), torch.stack(policies[::-1], dim=-3)
+
+
+def over_time(policy, T):
+    """The same policy at every step: (..., S, A) -> (..., T, S, A)."""
+    return policy[..., None, :, :].expand(*policy.shape[:-2], T, *policy.shape[-2:])
 
 
 # ---- the demonstrator ---------------------------------------------------------------------------
@@ -231,19 +239,19 @@ def occupancy_matching(P, start, rho_demo, horizon, reward, rounds, step, floor=
 
     Each round: h = the discriminator's optimum against the policy's own occupancy; r = reward(h),
     held constant (section 1.3: h for the reverse KL, softplus(h) for Jensen-Shannon, which is
-    GAIL); one natural-gradient step of a softmax policy, theta[t,s,a] += step * A[t,s,a] (Kakade
-    2001). The plain gradient weighs A by mu_t(s), so it hardly moves in the states into which the
+    GAIL); one natural-gradient step of a softmax policy, whose logits move by step * A[t,s,a]
+    (Kakade 2001), so that policy *= exp(step * A), normalised. The plain gradient weighs A by mu_t(s), so it hardly moves in the states into which the
     policy seldom slips, and these are the ones that matter here.
     rho_demo (..., S, A) in steps per walk; the default floor is one step in a hundred walks.
     Returns policy (..., T, S, A). Starts uniform: nothing is borrowed from behaviour cloning.
     """
-    shape = (*rho_demo.shape[:-2], horizon, *rho_demo.shape[-2:])
-    theta = torch.zeros(shape, dtype=rho_demo.dtype)
+    policy = over_time(torch.full_like(rho_demo, 1 / rho_demo.shape[-1]), horizon)
     for _ in range(rounds):
-        policy = theta.softmax(-1)
         rho = occupancy(P, start, policy).sum(-3)
-        theta += step * advantage(P, reward(log_ratio(rho_demo, rho, floor)), policy)
-    return theta.softmax(-1)
+        r = reward(log_ratio(rho_demo, rho, floor))
+        policy = policy * torch.exp(step * advantage(P, r, policy))
+        policy = policy / policy.sum(-1, keepdim=True)
+    return policy
 
 
 def maxent_irl(P, start, rho_demo, horizon, precision, iterations=300, rate=0.1):
@@ -304,60 +312,141 @@ def checked_counts(s):
         counts = sorted({int(word) for word in s.demos.split(",")})
     except ValueError:
         raise InputError(f"--demos {s.demos}: expected whole numbers, like 1,10,100") from None
+    entries = s.seeds * s.horizon * max(len(counts) * len("".join(MAP)) * 4, counts[-1])
     for good, message in (
             (counts[0] >= 1, f"--demos {s.demos}: each must be at least 1"),
             (s.seeds >= 2, f"--seeds {s.seeds}: an interval needs at least 2"),
             (s.horizon >= 1 and s.rounds >= 1, "--horizon and --rounds must be at least 1"),
             (0 <= s.slip <= 1, f"--slip {s.slip}: a probability lies between 0 and 1"),
-            (s.temperature > 0 and s.step > 0, "--temperature and --step must be above 0")):
+            (0 < s.temperature < math.inf, "--temperature must be above 0 and finite"),
+            (0 < s.step < math.inf, "--step must be above 0 and finite"),
+            (entries <= MAX_ENTRIES, "--seeds, --demos and --horizon together ask for arrays of "
+                                     f"{entries:,} entries; the limit is {MAX_ENTRIES:,}")):
         if not good:
             raise InputError(message)
-    entries = s.seeds * max(len(counts), counts[-1] // 250) * s.horizon * len("".join(MAP)) * 4
-    if entries > MAX_ENTRIES:
-        raise InputError(f"--seeds, --demos and --horizon together make arrays of {entries:,} "
-                         f"entries; the limit is {MAX_ENTRIES:,}")
     return counts
 
 
-def learn(world, rho_demo, counts, s):
-    """Every method on rho_demo (seeds, numbers of demonstrations, S, A), all at once.
+def experiment(world, s, counts):
+    """Every method on every set of demonstrations: (seeds, numbers of demonstrations) at once.
 
-    Returns {method: policy (seeds, counts, T, S, A)} and MaxEnt IRL's reward (seeds, counts, S).
+    Returns scores {method: {measure: (seeds, counts)}}, the demonstrator's own {measure: ()}, and
+    what the figure draws: steps spent {method: (seeds, counts, S)}, seen and reward the same.
     """
-    P, start, T = world.P, world.start, s.horizon
-    S = len(world.cells)
+    P, start, T, S = world.P, world.start, s.horizon, len(world.cells)
+    generator = torch.Generator().manual_seed(s.seed)
+    experts = route_policies(world, T, s.temperature)
+    # a seed's first n walks are its n demonstrations, so that methods and numbers compare in pairs
+    states, actions = sample_walks(P, start, experts, (s.seeds, counts[-1]), generator)
+    rho_demo = torch.stack([empirical_occupancy(states[:, :n], actions[:, :n], S, len(MOVES))
+                            for n in counts], 1)
     place = torch.stack([torch.arange(S) // world.width, torch.arange(S) % world.width], -1)
     distance = torch.cdist(place.double(), place.double(), p=1)
-    w, soft = maxent_irl(P, start, rho_demo, T, 1 / torch.tensor(counts)[:, None])  # sigma 1 nat
-    return {
+    prior = 1 / torch.tensor(counts)[:, None]  # a width of 1 nat per cell
+    reward, planned = maxent_irl(P, start, rho_demo, T, prior)
+    policies = {
         "BC": over_time(behaviour_cloning(rho_demo), T),
         "BC nearest": over_time(behaviour_cloning(rho_demo, distance), T),
         "matching KL": occupancy_matching(P, start, rho_demo, T, lambda h: h, s.rounds, s.step),
         "matching JS": occupancy_matching(P, start, rho_demo, T, softplus, s.rounds, s.step),
-        "MaxEnt IRL": soft,
-    }, w
-
-
-def over_time(policy, T):
-    """The same policy at every step: (..., S, A) -> (..., T, S, A)."""
-    return policy[..., None, :, :].expand(*policy.shape[:-2], T, *policy.shape[-2:])
-
-
-def experiment(world, s):
-    """Run everything; returns the scores {method: {measure: (seeds, counts)}} and maps to draw."""
-    counts = checked_counts(s)
-    generator = torch.Generator().manual_seed(s.seed)
-    experts = route_policies(world, s.horizon, s.temperature)
-    # the first n of a seed's walks are its n demonstrations: methods and numbers are compared paired
-    states, actions = sample_walks(world.P, world.start, experts, (s.seeds, counts[-1]), generator)
-    rho_demo = torch.stack([empirical_occupancy(states[:, :n], actions[:, :n], len(world.cells), 4)
-                            for n in counts], 1)
+        "MaxEnt IRL": planned,
+    }
     seen = rho_demo.sum(-1) > 0
-    policies, w = learn(world, rho_demo, counts, s)
-    rho = {name: occupancy(world.P, world.start, policy) for name, policy in policies.items()}
+    rho = {name: occupancy(P, start, policy) for name, policy in policies.items()}
     scores = {name: score(world, each, seen) for name, each in rho.items()}
-    rho_expert = occupancy(world.P, world.start, experts).mean(0)
-    expert = score(world, rho_expert, torch.ones(len(world.cells), dtype=torch.bool))
-    maps = {"counts": counts, "expert": rho_expert, "seen": seen, "reward": w,
+    rho_expert = occupancy(P, start, experts).mean(0)
+    maps = {"expert": rho_expert.sum((0, 2)), "seen": seen, "reward": reward,
             **{name: each.sum((-3, -1)) for name, each in rho.items()}}
-    return scores, expert, maps
+    return scores, score(world, rho_expert, torch.ones(S, dtype=torch.bool)), maps
+
+
+def print_tables(scores, expert, counts):
+    """Each measure by method (rows) and number of demonstrations (columns): mean and 95%."""
+    for measure, unit, factor in (("return", "steps in the goal less steps in lava", 1),
+                                  ("failure", "% not in the goal at the end", 100),
+                                  ("drift", "steps where no demonstration went", 1)):
+        print(f"{measure}: {unit}; the demonstrator's is {factor * expert[measure]:.2f}")
+        print("demonstrations" + "".join(f"{n:>13}" for n in counts))
+        for name, of in scores.items():
+            mean, half = mean_and_interval(factor * of[measure])
+            cells = (f"{m:.2f} ± {h:.2f}" for m, h in zip(mean.tolist(), half.tolist()))
+            print(f"{name:14}" + "".join(f"{cell:>13}" for cell in cells))
+        print()
+
+
+def draw_map(ax, world, values, title, seen=None):
+    """One map of values (S,): steps spent, with dots on the seen cells, or a reward (seen None)."""
+    from matplotlib.colors import LogNorm
+    grid, bound = values.reshape(-1, world.width), values.abs().max().item()
+    if seen is None:
+        image = ax.imshow(grid, cmap="RdBu", vmin=-bound, vmax=bound)
+    else:
+        image = ax.imshow(grid, cmap="Greys", norm=LogNorm(0.02, 20, clip=True))
+    for s, cell in enumerate(world.cells):
+        y, x = divmod(s, world.width)
+        if cell == "x":
+            ax.add_patch(pyplot().Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, lw=0,
+                                            hatch="////", edgecolor=COLORS["sft-demo"]))
+        elif cell in "SG":
+            dark = values[s] > (0.5 * bound if seen is None else 2)
+            ax.text(x, y, cell, ha="center", va="center", weight="bold",
+                    color="white" if dark else "black")
+        elif seen is not None and seen[s]:
+            ax.plot(x, y, ".", color=COLORS["demo"], ms=6)
+    ax.set(title=title, xticks=[], yticks=[])
+    ax.grid(False)
+    return image
+
+
+def draw(path, world, scores, expert, maps, counts):
+    """The figure: where the first seed's learners go, the reward found, return and failure."""
+    figure = pyplot().figure(figsize=(10, 5.6))
+    above, below = figure.subfigures(2, 1)
+    axes = above.subplots(1, 4)
+    some = f"{counts[0]} demonstration" + "s" * (counts[0] > 1)
+    nowhere = torch.zeros(len(world.cells), dtype=torch.bool)
+    draw_map(axes[0], world, maps["expert"],
+             f"demonstrator: two routes\nfails {expert['failure']:.1%}", nowhere)
+    for ax, name, title in ((axes[1], "BC", "behaviour cloning"),
+                            (axes[2], "matching KL", "occupancy matching")):
+        fails = scores[name]["failure"][0, 0]
+        image = draw_map(ax, world, maps[name][0, 0], f"{title}, {some}\nfails {fails:.0%}",
+                         maps["seen"][0, 0])
+    above.colorbar(image, ax=axes[:3], location="bottom", aspect=60, label="steps spent (dots: "
+                   "cells of the demonstrations; hatched: lava)")
+    image = draw_map(axes[3], world, maps["reward"][:, -1].mean(0),
+                     f"reward found by MaxEnt IRL\n{counts[-1]} demonstrations, mean of seeds")
+    above.colorbar(image, ax=axes[3], location="bottom", label="nats per step")
+    for ax, measure, label in zip(below.subplots(1, 2), ("return", "failure"),
+                                  ("golden return (steps)", "failure rate")):
+        ax.axhline(expert[measure], color=COLORS["demo"], lw=1, label="demonstrator")
+        for name, (color, style) in METHODS.items():
+            mean, half = mean_and_interval(scores[name][measure])
+            ax.errorbar(counts, mean, half, label=name, color=color, ls=style, marker="o", ms=3)
+        ax.set_xscale("log")
+        ax.set_xticks(counts, counts, minor=False)
+        ax.set_xticks([], minor=True)
+        ax.set(xlabel="demonstrations", ylabel=label)
+    ax.legend()
+    return save_figure(figure, path)
+
+
+def main(argv=None):
+    """Run the experiment, print the tables, write gridworld.png and results.json."""
+    s = parse_settings(Settings, argv)
+    counts = checked_counts(s)
+    world = read_map(MAP, s.slip)
+    scores, expert, maps = experiment(world, s, counts)
+    print_tables(scores, expert, counts)
+    results = {"settings": asdict(s), "demonstrations": counts,
+               "demonstrator": {measure: x.item() for measure, x in expert.items()}}
+    for name, of in scores.items():  # [means, half widths of the 95% intervals]
+        results[name] = {m: [x.tolist() for x in mean_and_interval(of[m])] for m in of}
+    path = draw(Path(s.out) / "gridworld.png", world, scores, expert, maps, counts)
+    path.with_name("results.json").write_text(json.dumps(results, indent=1) + "\n")
+    print(f"intervals: 95% over {s.seeds} sets of demonstrations; written: {path}, results.json")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)  # the matrices are small: two threads wait more than they work
+    run_script(main)
