@@ -377,20 +377,18 @@ def print_tables(scores, expert, counts):
 def draw_map(ax, world, values, title, seen=None):
     """One map of values (S,): steps spent, with dots on the seen cells, or a reward (seen None)."""
     from matplotlib.colors import LogNorm
-    grid, bound = values.reshape(-1, world.width), values.abs().max().item()
-    if seen is None:
-        image = ax.imshow(grid, cmap="RdBu", vmin=-bound, vmax=bound)
-    else:
-        image = ax.imshow(grid, cmap="Greys", norm=LogNorm(0.02, 20, clip=True))
+    bound = values.abs().max().item()
+    how = ({"cmap": "RdBu", "vmin": -bound, "vmax": bound} if seen is None else
+           {"cmap": "Greys", "norm": LogNorm(0.02, 20, clip=True)})
+    image = ax.imshow(values.reshape(-1, world.width), aspect="auto", **how)
     for s, cell in enumerate(world.cells):
         y, x = divmod(s, world.width)
         if cell == "x":
             ax.add_patch(pyplot().Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, lw=0,
                                             hatch="////", edgecolor=COLORS["sft-demo"]))
         elif cell in "SG":
-            dark = values[s] > (0.5 * bound if seen is None else 2)
             ax.text(x, y, cell, ha="center", va="center", weight="bold",
-                    color="white" if dark else "black")
+                    color="white" if cell == "G" else "black")
         elif seen is not None and seen[s]:
             ax.plot(x, y, ".", color=COLORS["demo"], ms=6)
     ax.set(title=title, xticks=[], yticks=[])
@@ -400,22 +398,20 @@ def draw_map(ax, world, values, title, seen=None):
 
 def draw(path, world, scores, expert, maps, counts):
     """The figure: where the first seed's learners go, the reward found, return and failure."""
-    figure = pyplot().figure(figsize=(10, 5.6))
+    figure = pyplot().figure(figsize=(10, 5.8))
     above, below = figure.subfigures(2, 1)
-    axes = above.subplots(1, 4)
-    some = f"{counts[0]} demonstration" + "s" * (counts[0] > 1)
-    nowhere = torch.zeros(len(world.cells), dtype=torch.bool)
+    axes, nowhere = above.subplots(1, 4), torch.zeros(len(world.cells), dtype=torch.bool)
     draw_map(axes[0], world, maps["expert"],
              f"demonstrator: two routes\nfails {expert['failure']:.1%}", nowhere)
     for ax, name, title in ((axes[1], "BC", "behaviour cloning"),
                             (axes[2], "matching KL", "occupancy matching")):
         fails = scores[name]["failure"][0, 0]
-        image = draw_map(ax, world, maps[name][0, 0], f"{title}, {some}\nfails {fails:.0%}",
+        image = draw_map(ax, world, maps[name][0, 0], f"{title}, {counts[0]} demo\nfails {fails:.0%}",
                          maps["seen"][0, 0])
     above.colorbar(image, ax=axes[:3], location="bottom", aspect=60, label="steps spent (dots: "
                    "cells of the demonstrations; hatched: lava)")
     image = draw_map(axes[3], world, maps["reward"][:, -1].mean(0),
-                     f"reward found by MaxEnt IRL\n{counts[-1]} demonstrations, mean of seeds")
+                     f"reward by MaxEnt IRL\n{counts[-1]} demos, mean of seeds")
     above.colorbar(image, ax=axes[3], location="bottom", label="nats per step")
     for ax, measure, label in zip(below.subplots(1, 2), ("return", "failure"),
                                   ("golden return (steps)", "failure rate")):
@@ -424,7 +420,7 @@ def draw(path, world, scores, expert, maps, counts):
             mean, half = mean_and_interval(scores[name][measure])
             ax.errorbar(counts, mean, half, label=name, color=color, ls=style, marker="o", ms=3)
         ax.set_xscale("log")
-        ax.set_xticks(counts, counts, minor=False)
+        ax.set_xticks(counts, counts)
         ax.set_xticks([], minor=True)
         ax.set(xlabel="demonstrations", ylabel=label)
     ax.legend()

@@ -17,6 +17,7 @@ Each goes equally far; what counts is how much of the way is quality. pi_SFT sho
 cannot produce, so Init-SFT does not look for it. Init-Demo does, by m against q, and SFT-Demo by m
 against the little quality that is left between pi_SFT and the demonstrator. Init-SFT's advantage
 ends where SFT does learn the mark: at leak = 1 its direction is that of (1, m), worse than (q, m).
+Left out here: many dimensions and few samples, where noise in w also favours the wider contrast.
 
 Run `python -m toy_envs.heterogeneity`. Shapes: B any leading batch (seeds, cases), K samples,
 N candidates, F features; a point's coordinates (quality, mark) come last. float64 throughout.
@@ -40,7 +41,7 @@ REWARDS = {  # name: negatives, positives, label
     "init-demo": ("init", "demo", "Init-Demo"),
     "sft-demo": ("sft", "demo", "SFT-Demo"),
 }
-OFFSETS = torch.linspace(0, 4, 9, dtype=torch.float64)
+OFFSETS = torch.linspace(0, 3, 7, dtype=torch.float64)
 LEAKS = torch.linspace(0, 1, 6, dtype=torch.float64)
 MAX_SCORES = 20_000_000  # candidates scored at once: each array of them then takes 160 MB
 
@@ -50,7 +51,7 @@ class Settings:
     """Directions of Init-SFT, Init-Demo and SFT-Demo, and what best-of-N gains by each."""
     seed: int = setting(0, "seed of all samples")
     seeds: int = setting(20, "independent runs (the intervals are over these)")
-    samples: int = setting(1000, "training samples from each cloud")
+    samples: int = setting(4000, "training samples from each cloud")
     prompts: int = setting(500, "best-of-N selections that a mean is taken over, per run")
     n: int = setting(16, "candidates in best-of-N")
     quality: float = setting(1.5, "the demonstrator's mean quality; pi_0 has 0, pi_SFT 1")
@@ -127,8 +128,9 @@ def logistic_regression(negatives, positives, degree=1, width=10.0, iterations=2
     """Weights (B, F) of the discriminator's logit on features(z, degree), by Newton's method.
 
     Minimises the mean of softplus(-logit) over positives and of softplus(logit) over negatives,
-    (B, K, 2) each. A normal prior on the weights keeps them finite should the samples be separable;
-    its width, in nats per unit, is far above any weight here and so it hardly shows.
+    (B, K, 2) each, summed over K. A normal prior of the given width on each weight keeps the weights
+    finite should the samples be separable; it shows in nothing else (quadratic weights reach 20, but
+    thousands of samples outweigh the prior).
     """
     X = features(torch.cat([negatives, positives], -2), degree)
     label = torch.zeros(X.shape[-2], dtype=X.dtype)
@@ -208,9 +210,9 @@ def sweep(s, offset, leak, narrow=1.0, degree=1):
 
 def print_tables(s, tables):
     """Golden reward of best-of-N by reward model (rows) and case (columns), exact and trained."""
-    print(f"mean golden quality of best-of-{s.n}; pi_SFT has 1, the demonstrator {s.quality:g}, "
-          f"the golden\nselector's choice {1 + expected_maximum(s.n):.2f}. Exact, then trained with "
-          "its 95% half-width.")
+    print(f"mean quality of best-of-{s.n}: exact, trained, and the 95% half-width of trained\n"
+          f"(pi_SFT has 1, the demonstrator {s.quality:g}, best-of-{s.n} by golden itself "
+          f"{1 + expected_maximum(s.n):.2f})")
     for title, cases, results in tables:
         print("\n" + f"{title:16}" + "".join(f"{case:7.1f}" for case in cases.tolist()))
         for reward, (_, _, label) in REWARDS.items():
@@ -222,36 +224,52 @@ def print_tables(s, tables):
 
 # ---- the figure ---------------------------------------------------------------------------------
 
-def draw_plane(ax, s):
-    """The three clouds, and from pi_SFT the way that best-of-N goes by each reward."""
+def draw_clouds(ax, means, cov):
+    """Each writer's cloud, as ellipses of one and two standard deviations, with its name."""
     from matplotlib.patches import Ellipse
-    means = {name: mean.numpy() for name, mean in cloud_means(s.quality, s.offset, 0.0).items()}
-    cov = torch.tensor([[1, s.correlation], [s.correlation, 1]], dtype=torch.float64)
-    spread, axes = torch.linalg.eigh(cov)
+    variance, axes = torch.linalg.eigh(cov)
     angle = math.degrees(math.atan2(axes[1, 1], axes[0, 1]))
-    for name, label in (("init", "$\\pi_0$"), ("sft", "$\\pi_{SFT}$"), ("demo", "demonstrator")):
+    for name, label, place in (("init", "$\pi_0$", (-1.7, -1.3)),
+                               ("sft", "$\pi_{SFT}$", (0.5, -1.6)),
+                               ("demo", "demonstrator", (-1.2, 1.7))):
         for radius in (1, 2):
-            width, height = (2 * radius * spread.sqrt()).flip(0).tolist()
+            width, height = (2 * radius * variance.sqrt()).flip(0).tolist()
             ax.add_patch(Ellipse(means[name], width, height, angle=angle, alpha=0.13, lw=0,
                                  color=COLORS[name]))
-        ax.plot(*means[name], "o", color=COLORS[name], ms=5)
-        ax.annotate(label, means[name], xytext=(-6, -12), textcoords="offset points",
-                    color=COLORS[name], weight="bold", ha="right")
+        ax.plot(*means[name], "o", color=COLORS[name], ms=6)
+        ax.text(*(means[name] + torch.tensor(place)), label, color=COLORS[name], weight="bold",
+                size=13)
+
+
+def draw_plane(ax, s):
+    """The clouds, and from pi_SFT the way that best-of-N takes by each reward."""
+    cov = torch.tensor([[1, s.correlation], [s.correlation, 1]], dtype=torch.float64)
+    means = cloud_means(s.quality, s.offset, 0.0)
+    draw_clouds(ax, means, cov)
+    generator = torch.Generator().manual_seed(s.seed)
+    noise = torch.randn(150, s.n, 2, generator=generator, dtype=torch.float64)
+    candidates = means["sft"] + noise @ torch.linalg.cholesky(cov).T
     for reward, (negative, positive, label) in REWARDS.items():
-        w = linear_discriminant(*(torch.from_numpy(means[c]) for c in (negative, positive)), cov)
-        end = means["sft"] + best_of_n_shift(w, cov, s.n).numpy()
+        w = linear_discriminant(means[negative], means[positive], cov)
+        chosen = best_of_n(candidates, torch.cat([torch.zeros(1), w]))
+        ax.plot(*chosen.T, ".", color=COLORS[reward], ms=3, alpha=0.6)
+        end = means["sft"] + best_of_n_shift(w, cov, s.n)
         ax.annotate("", end, means["sft"], arrowprops={
-            "arrowstyle": "-|>", "color": COLORS[reward], "lw": 2.5, "shrinkA": 0, "shrinkB": 0})
-        ax.annotate(f"{label}: {end[0]:.2f}", end, xytext=(4, 4), textcoords="offset points",
-                    color=COLORS[reward], weight="bold")
-    ax.set(aspect="equal", xlabel="quality (the golden reward)", ylabel="the writer's mark",
-           title=f"where best-of-{s.n} from $\\pi_{{SFT}}$ goes, by reward model\n"
-                 "(number: mean quality of what it chooses)")
+            "arrowstyle": "-|>", "mutation_scale": 18, "color": COLORS[reward], "lw": 3,
+            "shrinkA": 0, "shrinkB": 0})
+        left = reward == "sft-demo"
+        ax.annotate(f"{label}: {end[0]:.2f}", end, xytext=(-8 if left else 8, 4), size=11,
+                    textcoords="offset points", ha="right" if left else "left",
+                    color=COLORS[reward], weight="bold",
+                    bbox={"fc": "white", "ec": "none", "alpha": 0.75, "pad": 1})
+    ax.set(aspect="equal", xlabel="quality (all that golden counts)", ylabel="the writer's mark",
+           xlim=(-2.2, 5.2), title=f"the best of {s.n} samples of $\pi_{{SFT}}$, by reward model\n"
+           "(dots: chosen; arrow and number: their mean, its quality)")
 
 
 def draw(s, by_offset, by_leak, by_offset_narrow):
     """The figure: the plane, and golden quality against the mark's offset and against the leak."""
-    figure = pyplot().figure(figsize=(10, 5.2))
+    figure = pyplot().figure(figsize=(10, 5.4))
     grid = figure.add_gridspec(2, 2, width_ratios=(1.15, 1))
     draw_plane(figure.add_subplot(grid[:, 0]), s)
     above, below = figure.add_subplot(grid[0, 1]), figure.add_subplot(grid[1, 1])
@@ -261,18 +279,25 @@ def draw(s, by_offset, by_leak, by_offset_narrow):
         for reward, (_, _, label) in REWARDS.items():
             mean, half = mean_and_interval(results[reward]["golden"])
             ax.plot(cases, results[reward]["exact"], style, color=COLORS[reward],
-                    label=label if style == "-" else None)
+                    label=label if ax is below else None)
             ax.errorbar(cases, mean, half, color=COLORS[reward], fmt=mark, ms=4,
                         mfc=COLORS[reward] if style == "-" else "white")
-    for ax in (above, below):
-        ax.axhline(s.quality, color=COLORS["demo"], lw=1)
-        ax.axhline(1, color=COLORS["sft"], lw=1)
-        ax.set(ylabel=f"quality of best-of-{s.n}")
-    above.set(xlabel="offset of the demonstrator's mark (spreads)", title="the more foreign the "
-              "demonstrator, the more Init-SFT is worth")
-    below.set(xlabel=f"share of the mark that $\\pi_{{SFT}}$ learns (offset {s.offset:g})",
-              title="... unless SFT learns the mark too")
+    above.plot([], [], "k-o", ms=4, label="all spreads equal")
+    above.plot([], [], "k:s", ms=4, mfc="white", label=f"demonstrator's mark: spread {s.narrow:g}")
+    for height, name, label in ((s.quality, "demo", "demonstrator's mean"),
+                                (1, "sft", "$\pi_{SFT}$'s mean")):
+        for ax in (above, below):
+            ax.axhline(height, color=COLORS[name], lw=1, alpha=0.5)
+            ax.set(ylabel=f"quality of best-of-{s.n}")
+        above.annotate(label, (0, height), xytext=(0, 2), textcoords="offset points", size=8,
+                       color=COLORS[name])
+    above.set_ylim(top=3.4)  # room for the legend
+    above.legend(loc="upper right", ncols=2)
     below.legend()
+    above.set(xlabel="offset of the demonstrator's mark (spreads)",
+              title="a foreign demonstrator misleads all but Init-SFT")
+    below.set(xlabel=f"share of the mark that $\pi_{{SFT}}$ learns (offset {s.offset:g})",
+              title="... unless SFT learns the mark as well")
     return save_figure(figure, Path(s.out) / "heterogeneity.png")
 
 
