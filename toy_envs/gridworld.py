@@ -41,7 +41,7 @@ MAP = ("....u....",
        "....l....",
        "....l....")
 MOVES = ((-1, 0), (0, 1), (1, 0), (0, -1))  # up, right, down, left as (row, column)
-METHODS = {  # name: colour, line style; BC is the forward KL of 1.2, state by state
+METHODS = {  # name: colour, line style; BC minimises the forward KL, state by state
     "BC": (COLORS["forward_kl"], "-"), "BC nearest": (COLORS["forward_kl"], "--"),
     "matching KL": (COLORS["reverse_kl"], "-"), "matching JS": (COLORS["jensen_shannon"], "-"),
     "MaxEnt IRL": (COLORS["length"], "-"),
@@ -207,11 +207,11 @@ def empirical_occupancy(states, actions, S, A):
 def behaviour_cloning(rho_demo, distance=None):
     """The maximum-likelihood policy pi(a|s) = rho_demo(s,a) / rho_demo(s): (..., S, A), for all t.
 
-    A state without data does not enter the likelihood, so *no* policy there is more likely than
-    another. The default is uniform: what a tabular softmax started at zero keeps, its gradient there
-    being zero, and the limit of add-alpha smoothing as alpha -> 0. Any better answer needs to know
-    something about the world: with distance (S, S) an unseen state copies the nearest seen one
-    (ties: the first), which is knowledge of geometry, though not yet of the dynamics.
+    A state without data does not enter the likelihood: *no* policy there is likelier than another.
+    Uniform is what a softmax started at zero keeps (its gradient there is zero), and the limit of
+    add-alpha smoothing as alpha -> 0. A better answer must know something of the world: given a
+    distance (S, S), an unseen state copies the nearest seen one (ties: the first). That is
+    knowledge of geometry, not yet of dynamics, and on a grid this smooth it goes a long way.
     """
     seen = rho_demo.sum(-1)
     policy = torch.where(seen[..., None] > 0,
@@ -235,13 +235,13 @@ def log_ratio(rho_demo, rho, floor):
 
 
 def occupancy_matching(P, start, rho_demo, horizon, reward, rounds, step, floor=0.01):
-    """Adversarial imitation with the discriminator and the roll-outs exact: minimise D_f(demo || pi).
+    """Adversarial imitation, discriminator and roll-outs exact: minimise D_f(demo || policy).
 
     Each round: h = the discriminator's optimum against the policy's own occupancy; r = reward(h),
-    held constant (section 1.3: h for the reverse KL, softplus(h) for Jensen-Shannon, which is
-    GAIL); one natural-gradient step of a softmax policy, whose logits move by step * A[t,s,a]
-    (Kakade 2001), so that policy *= exp(step * A), normalised. The plain gradient weighs A by mu_t(s), so it hardly moves in the states into which the
-    policy seldom slips, and these are the ones that matter here.
+    held constant (h for the reverse KL, softplus(h) for Jensen-Shannon, which is GAIL); one step of
+    the natural policy gradient (Kakade 2001), which adds step * A[t,s,a] to the logits. The plain
+    gradient weighs that by mu_t(s), and so would hardly move in the states into which the policy
+    seldom slips: the very ones that matter here.
     rho_demo (..., S, A) in steps per walk; the default floor is one step in a hundred walks.
     Returns policy (..., T, S, A). Starts uniform: nothing is borrowed from behaviour cloning.
     """
@@ -254,26 +254,31 @@ def occupancy_matching(P, start, rho_demo, horizon, reward, rounds, step, floor=
     return policy
 
 
-def maxent_irl(P, start, rho_demo, horizon, precision, iterations=300, rate=0.1):
+def maxent_irl(P, start, rho_demo, horizon, precision, iterations=200):
     """MaxEnt IRL (Ziebart et al., AAAI 2008): one reward per state, by maximum a posteriori.
 
-    Maximises E_demo[log pi_w] - precision/2 |w|^2 for the soft-optimal policy of reward w, whose
-    gradient is mu_demo - mu_pi - precision w (feature counts, the features being the states). Where
-    it vanishes and precision is 0, the feature expectations match. A state that no demonstration
-    entered would go to minus infinity; a prior of width sigma, 1 / precision = n sigma^2, stops it.
-    rho_demo (..., S, A), precision broadcastable to (..., 1) -> w (..., S) in nats per step (golden
-    reward divided by temperature, where the demonstrator is soft-optimal) and policy (..., T, S, A).
+    Minimises V_w(start) - w.f_demo + precision/2 |w|^2: the first two are -E_demo[log pi_w] of the
+    soft-optimal policy for reward w, once the demonstrator's slips average out. Convex; gradient
+    f_pi - f_demo + precision w, where the features f are the steps spent in each state, so that at
+    precision 0 their expectations match. A state that no demonstration entered would then go to
+    minus infinity: a normal prior of width sigma stops it, precision = 1 / (n sigma^2) for n walks.
+    rho_demo (..., S, A), precision broadcastable to (..., 1) -> w (..., S) in nats per step, an
+    estimate of golden / temperature (no more than that: V and w may trade off, and where nobody
+    came near, the prior's 0 stays), and its policy (..., T, S, A).
     """
-    features = rho_demo.sum(-1)
-    w = torch.zeros_like(features, requires_grad=True)
-    adam = torch.optim.Adam([w], lr=rate)
-    for _ in range(iterations):
-        with torch.no_grad():
-            reward = w[..., None].expand_as(rho_demo)
-            _, policy = soft_value_iteration(P, reward, horizon)
-            mu = occupancy(P, start, policy).sum((-3, -1))
-            w.grad = mu - features + precision * w
-        adam.step()
+    f_demo = rho_demo.sum(-1)
+    w = torch.zeros_like(f_demo, requires_grad=True)
+    lbfgs = torch.optim.LBFGS([w], max_iter=iterations, history_size=20, tolerance_grad=1e-6,
+                              line_search_fn="strong_wolfe")
+
+    @torch.no_grad()
+    def loss():
+        V, policy = soft_value_iteration(P, w[..., None].expand_as(rho_demo), horizon)
+        f = occupancy(P, start, policy).sum((-3, -1))
+        w.grad = f - f_demo + precision * w  # by hand: cheaper than through the recurrences
+        return (V[..., 0, :] @ start).sum() + (w * (precision / 2 * w - f_demo)).sum()
+
+    lbfgs.step(loss)
     w = w.detach()
     return w, soft_value_iteration(P, w[..., None].expand_as(rho_demo), horizon)[1]
 
@@ -296,7 +301,7 @@ def score(world, rho, seen):
 def mean_and_interval(x):
     """Mean over the first dimension and the half-width of its 95% interval (Student's t).
 
-    The quantile is the Cornish-Fisher expansion about the normal's, good to 0.1% from 10 values on.
+    The quantile is the Cornish-Fisher expansion about the normal's, good to 0.2% from 10 values on.
     """
     n, z = len(x), 1.959964
     nu = n - 1
@@ -307,7 +312,7 @@ def mean_and_interval(x):
 # ---- the experiment -----------------------------------------------------------------------------
 
 def checked_counts(s):
-    """The numbers of demonstrations as integers; raises InputError where a setting makes no sense."""
+    """The numbers of demonstrations, ascending; InputError where a setting makes no sense."""
     try:
         counts = sorted({int(word) for word in s.demos.split(",")})
     except ValueError:
@@ -382,15 +387,10 @@ def draw_map(ax, world, values, title, seen=None):
            {"cmap": "Greys", "norm": LogNorm(0.02, 20, clip=True)})
     image = ax.imshow(values.reshape(-1, world.width), aspect="auto", **how)
     for s, cell in enumerate(world.cells):
-        y, x = divmod(s, world.width)
-        if cell == "x":
-            ax.add_patch(pyplot().Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, lw=0,
-                                            hatch="////", edgecolor=COLORS["sft-demo"]))
-        elif cell in "SG":
-            ax.text(x, y, cell, ha="center", va="center", weight="bold",
-                    color="white" if cell == "G" else "black")
-        elif seen is not None and seen[s]:
-            ax.plot(x, y, ".", color=COLORS["demo"], ms=6)
+        if cell in "SGx" or (seen is not None and seen[s]):
+            mark = {"S": "S", "G": "G", "x": "×"}.get(cell, "•")
+            ax.text(s % world.width, s // world.width, mark, ha="center", va="center",
+                    weight="bold", color=COLORS["sft-demo" if cell == "x" else "demo"])
     ax.set(title=title, xticks=[], yticks=[])
     ax.grid(False)
     return image
@@ -400,16 +400,15 @@ def draw(path, world, scores, expert, maps, counts):
     """The figure: where the first seed's learners go, the reward found, return and failure."""
     figure = pyplot().figure(figsize=(10, 5.8))
     above, below = figure.subfigures(2, 1)
-    axes, nowhere = above.subplots(1, 4), torch.zeros(len(world.cells), dtype=torch.bool)
-    draw_map(axes[0], world, maps["expert"],
-             f"demonstrator: two routes\nfails {expert['failure']:.1%}", nowhere)
+    axes = above.subplots(1, 4)
+    draw_map(axes[0], world, maps["expert"], "demonstrator: two routes\n"
+             f"fails {expert['failure']:.1%}", torch.zeros(len(world.cells)))
     for ax, name, title in ((axes[1], "BC", "behaviour cloning"),
                             (axes[2], "matching KL", "occupancy matching")):
-        fails = scores[name]["failure"][0, 0]
-        image = draw_map(ax, world, maps[name][0, 0], f"{title}, {counts[0]} demo\nfails {fails:.0%}",
-                         maps["seen"][0, 0])
-    above.colorbar(image, ax=axes[:3], location="bottom", aspect=60, label="steps spent (dots: "
-                   "cells of the demonstrations; hatched: lava)")
+        title += f", {counts[0]} demo\nfails {scores[name]['failure'][0, 0]:.0%}"
+        image = draw_map(ax, world, maps[name][0, 0], title, maps["seen"][0, 0])
+    above.colorbar(image, ax=axes[:3], location="bottom", aspect=60,
+                   label="steps spent (• cell in the demonstration, × lava)")
     image = draw_map(axes[3], world, maps["reward"][:, -1].mean(0),
                      f"reward by MaxEnt IRL\n{counts[-1]} demos, mean of seeds")
     above.colorbar(image, ax=axes[3], location="bottom", label="nats per step")
@@ -440,7 +439,8 @@ def main(argv=None):
         results[name] = {m: [x.tolist() for x in mean_and_interval(of[m])] for m in of}
     path = draw(Path(s.out) / "gridworld.png", world, scores, expert, maps, counts)
     path.with_name("results.json").write_text(json.dumps(results, indent=1) + "\n")
-    print(f"intervals: 95% over {s.seeds} sets of demonstrations; written: {path}, results.json")
+    print(f"± is a 95% interval over {s.seeds} sets of demonstrations")
+    print(f"written: {path}, results.json")
 
 
 if __name__ == "__main__":

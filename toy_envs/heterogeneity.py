@@ -43,7 +43,7 @@ REWARDS = {  # name: negatives, positives, label
 }
 OFFSETS = torch.linspace(0, 3, 7, dtype=torch.float64)
 LEAKS = torch.linspace(0, 1, 6, dtype=torch.float64)
-MAX_SCORES = 20_000_000  # candidates scored at once: each array of them then takes 160 MB
+MAX_ENTRIES = 20_000_000  # of the array of all features; a run holds about four such arrays
 
 
 @dataclass
@@ -128,9 +128,8 @@ def logistic_regression(negatives, positives, degree=1, width=10.0, iterations=2
     """Weights (B, F) of the discriminator's logit on features(z, degree), by Newton's method.
 
     Minimises the mean of softplus(-logit) over positives and of softplus(logit) over negatives,
-    (B, K, 2) each, summed over K. A normal prior of the given width on each weight keeps the weights
-    finite should the samples be separable; it shows in nothing else (quadratic weights reach 20, but
-    thousands of samples outweigh the prior).
+    (B, K, 2) each, summed over K. A normal prior of the given width on each weight keeps them
+    finite should the samples be separable, and is outweighed where thousands of them overlap.
     """
     X = features(torch.cat([negatives, positives], -2), degree)
     label = torch.zeros(X.shape[-2], dtype=X.dtype)
@@ -156,7 +155,7 @@ def best_of_n(candidates, w, degree=1):
 
 def check(s):
     """Raises InputError where a setting makes no sense or would ask for too much memory."""
-    scores = s.seeds * len(OFFSETS) * s.prompts * s.n
+    entries = 6 * s.seeds * len(OFFSETS) * max(s.prompts * s.n, 2 * s.samples)  # six features
     for good, message in (
             (s.seeds >= 2, f"--seeds {s.seeds}: an interval needs at least 2"),
             (s.samples >= 10, f"--samples {s.samples}: a discriminator needs at least 10"),
@@ -166,9 +165,9 @@ def check(s):
             (abs(s.offset) <= 10, f"--offset {s.offset}: between -10 and 10 spreads"),
             (abs(s.correlation) < 1, f"--correlation {s.correlation}: between -1 and 1"),
             (0.1 <= s.narrow <= 10, f"--narrow {s.narrow}: a spread between 0.1 and 10"),
-            (max(scores, 2 * s.seeds * len(OFFSETS) * s.samples) <= MAX_SCORES,
-             f"--seeds, --samples, --prompts and --n together ask for {scores:,} scores or too many "
-             f"samples; the limit is {MAX_SCORES:,}")):
+            (entries <= MAX_ENTRIES,
+             f"--seeds, --samples, --prompts and --n together ask for arrays of {entries:,} "
+             f"entries; the limit is {MAX_ENTRIES:,}")):
         if not good:
             raise InputError(message)
 
@@ -178,7 +177,7 @@ def sweep(s, offset, leak, narrow=1.0, degree=1):
 
     Returns {reward: {"golden", "mark": means of the chosen (seeds, cases); "exact": golden (cases)
     by the closed form at degree 1, and by the exact logit on the same candidates at degree 2;
-    "weights": (seeds, cases, F)}}. Every sweep of a run draws the same noise: cases compare in pairs.
+    "weights": (seeds, cases, F)}}. All sweeps draw the same noise, so that cases compare in pairs.
     """
     generator = torch.Generator().manual_seed(s.seed)
     cov = torch.tensor([[1, s.correlation], [s.correlation, 1]], dtype=torch.float64)
@@ -247,10 +246,10 @@ def draw_plane(ax, s):
     means = cloud_means(s.quality, s.offset, 0.0)
     draw_clouds(ax, means, cov)
     generator = torch.Generator().manual_seed(s.seed)
-    noise = torch.randn(150, s.n, 2, generator=generator, dtype=torch.float64)
-    candidates = means["sft"] + noise @ torch.linalg.cholesky(cov).T
     for reward, (negative, positive, label) in REWARDS.items():
         w = linear_discriminant(means[negative], means[positive], cov)
+        noise = torch.randn(120, s.n, 2, generator=generator, dtype=torch.float64)
+        candidates = means["sft"] + noise @ torch.linalg.cholesky(cov).T
         chosen = best_of_n(candidates, torch.cat([torch.zeros(1), w]))
         ax.plot(*chosen.T, ".", color=COLORS[reward], ms=3, alpha=0.6)
         end = means["sft"] + best_of_n_shift(w, cov, s.n)
@@ -294,7 +293,7 @@ def draw(s, by_offset, by_leak, by_offset_narrow):
     above.set_ylim(top=3.4)  # room for the legend
     above.legend(loc="upper right", ncols=2)
     below.legend()
-    above.set(xlabel="offset of the demonstrator's mark (spreads)",
+    above.set(xlabel="offset of the demonstrator's mark (lines: exact, points: trained)",
               title="a foreign demonstrator misleads all but Init-SFT")
     below.set(xlabel=f"share of the mark that $\pi_{{SFT}}$ learns (offset {s.offset:g})",
               title="... unless SFT learns the mark as well")
@@ -317,7 +316,7 @@ def main(argv=None):
             key: [x.tolist() for x in mean_and_interval(of[key])] for key in ("golden", "mark")}}
             for reward, of in sweep_of.items()}
     path.with_name("results.json").write_text(json.dumps(results, indent=1) + "\n")
-    print(f"\nwritten: {path}, results.json (intervals: 95% over {s.seeds} runs)")
+    print(f"\n± is a 95% interval over {s.seeds} runs\nwritten: {path}, results.json")
 
 
 if __name__ == "__main__":
