@@ -167,6 +167,16 @@ def test_init_sft_wins_with_a_foreign_demonstrator():
     assert of["sft-demo"]["mark"].mean() > 1.5 > 0.1 > of["init-sft"]["mark"].mean().abs()
 
 
+def test_a_demonstrator_who_is_merely_more_uniform_misleads_too():
+    """No offset, half the spread in the mark: the discriminators look for a middling mark.
+
+    Failing: the quadratic case ignores the demonstrator's covariance.
+    """
+    of = h.sweep(SMALL, exact([0]), 0.0, narrow=0.5, degree=2)
+    best, middle, worst = (of[reward]["exact"].item() for reward in h.REWARDS)
+    assert best - 0.1 > middle > worst + 0.1
+
+
 def test_init_sft_loses_once_sft_learns_the_mark():
     """The limit of the claim. Failing: Init-SFT is made to win where it should not."""
     of = h.sweep(SMALL, 2.0, exact([0, 1]))
@@ -177,7 +187,7 @@ def test_init_sft_loses_once_sft_learns_the_mark():
 @pytest.mark.parametrize("argv", [
     ["--seeds", "1"], ["--samples", "3"], ["--prompts", "0"], ["--n", "0"], ["--quality", "1"],
     ["--offset", "1e9"], ["--correlation", "1"], ["--narrow", "0"], ["--quality", "nan"],
-    ["--n", "1000000"], ["--samples", "100000000"]])
+    ["--n", "1000000"], ["--samples", "100000000"], ["--out", __file__]])
 def test_bad_settings_are_refused_in_one_line(argv, capsys):
     """Failing: a mistyped flag ends in a traceback, or in swapping."""
     with pytest.raises(SystemExit) as stop:
@@ -193,11 +203,14 @@ def test_the_script_writes_its_files_and_repeats_itself(tmp_path, capsys):
     """Failing: the same seed gives other numbers, or the table does not fit a terminal."""
     results = []
     for name in ("a", "b"):
-        h.main(["--seeds", "2", "--samples", "200", "--prompts", "20",
+        h.main(["--seeds", "2", "--samples", "200", "--prompts", "200",
                 "--out", str(tmp_path / name)])
         got = json.loads((tmp_path / name / "results.json").read_text())
         results.append({key: value for key, value in got.items() if key != "settings"})
         assert (tmp_path / name / "heterogeneity.png").stat().st_size > 10_000
     assert results[0] == results[1]
+    same, narrow = (results[0][key]["init-demo"]["exact"][0]
+                    for key in ("by_offset", "by_offset_narrow"))
+    assert narrow < same - 0.1  # standard error 0.03
     table = [line for line in capsys.readouterr().out.splitlines() if "written" not in line]
     assert max(map(len, table)) <= 80

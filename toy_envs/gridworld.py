@@ -7,16 +7,18 @@ makes a policy:
 - behaviour cloning (BC) copies the action seen in each state. It never asks where its own steps
   lead, and where it was shown nothing the likelihood leaves it free: it moves at random there.
 - occupancy matching knows the dynamics P. It rolls itself out, exactly, and lowers the divergence
-  between its own occupancy and that of the demonstrations: an unseen state has no action to copy,
-  but some actions lead back to states that were seen, and these are worth more.
+  of its own occupancy from that of the demonstrations: an unseen state has no action to copy, but
+  some actions lead back to states that were seen, and these are worth more.
 - MaxEnt IRL knows P too. It finds a reward under which the demonstrations are likely, then plans.
 
-P plays the part that concatenation plays in the token MDP (there without slip). Run
-`python -m toy_envs.gridworld`; every expectation below is computed, only the walks are sampled.
+Known dynamics are worth most with one demonstration. With a hundred hardly a state is unseen, and
+cloning is as good or slightly better: matching also copies the luck of the sample. P plays the
+part of concatenation in the token MDP. Run `python -m toy_envs.gridworld`.
 
 Shapes: T horizon, S states, A actions; B any leading batch (seeds, numbers of demonstrations).
 Time-indexed arrays follow the published recurrences: V[t,s], Q[t,s,a], policy[t,s,a] = pi_t(a|s),
-occupancy[t,s,a] = P(s_t = s, a_t = a), which sums to T. P[s,a,s'], start[s]; all float64.
+occupancy[t,s,a] = P(s_t = s, a_t = a), which sums to T. P[s,a,s'], start[s]; all float64, all
+expectations computed: only the walks are sampled.
 """
 
 import json
@@ -67,8 +69,8 @@ class Settings:
 class World:
     """A finite MDP; golden (S,) is the reward per step spent in a state, unknown to the learners.
 
-    The goal pays 1 and lava -1 per step, and both are absorbing: the episode always lasts T steps,
-    so no method gains by ending it early, and to arrive sooner is to earn more.
+    The goal pays 1 and lava -1 per step; both are absorbing and an episode always lasts T steps:
+    nothing is gained by ending it early, and to arrive sooner is to earn more.
     """
     P: torch.Tensor
     start: torch.Tensor
@@ -166,10 +168,7 @@ def over_time(policy, T):
 # ---- the demonstrator ---------------------------------------------------------------------------
 
 def route_policies(world, horizon, temperature):
-    """The demonstrator's two ways, (2, T, S, A): near-optimal, but each shuns the other's gate.
-
-    To shun is to pay 1 per step spent in the gate, as in lava; nobody is walled in by it.
-    """
+    """The demonstrator's two ways, (2, T, S, A): near-optimal where the other's gate costs 1 too."""
     gates = torch.stack([marked(world.cells, "l"), marked(world.cells, "u")])
     reward = (world.golden - gates)[..., None].expand(-1, -1, len(MOVES))
     return soft_value_iteration(world.P, reward, horizon, temperature)[1]
@@ -189,8 +188,7 @@ def sample_walks(P, start, policies, shape, generator):
         states.append(s)
         actions.append(a)
         s = torch.multinomial(P[s, a], 1, generator=generator)[:, 0]
-    return (torch.stack(states, -1).reshape(*shape, T),
-            torch.stack(actions, -1).reshape(*shape, T))
+    return tuple(torch.stack(x, -1).reshape(*shape, T) for x in (states, actions))
 
 
 def empirical_occupancy(states, actions, S, A):
@@ -211,12 +209,11 @@ def behaviour_cloning(rho_demo, distance=None):
     Uniform is what a softmax started at zero keeps (its gradient there is zero), and the limit of
     add-alpha smoothing as alpha -> 0. A better answer must know something of the world: given a
     distance (S, S), an unseen state copies the nearest seen one (ties: the first). That is
-    knowledge of geometry, not yet of dynamics, and on a grid this smooth it goes a long way.
+    knowledge of geometry, not yet of dynamics, and in an open field it goes a long way.
+    One policy for all t pools the counts: a policy per step would need T times the demonstrations.
     """
     seen = rho_demo.sum(-1)
-    policy = torch.where(seen[..., None] > 0,
-                         rho_demo / seen.clamp_min(torch.finfo(seen.dtype).tiny)[..., None],
-                         1 / rho_demo.shape[-1])
+    policy = torch.nan_to_num(rho_demo / seen[..., None], nan=1 / rho_demo.shape[-1])  # 0/0: unseen
     if distance is None:
         return policy
     far = torch.where(seen > 0, 0.0, torch.inf)[..., None, :]
@@ -243,7 +240,7 @@ def occupancy_matching(P, start, rho_demo, horizon, reward, rounds, step, floor=
     gradient weighs that by mu_t(s), and so would hardly move in the states into which the policy
     seldom slips: the very ones that matter here.
     rho_demo (..., S, A) in steps per walk; the default floor is one step in a hundred walks.
-    Returns policy (..., T, S, A). Starts uniform: nothing is borrowed from behaviour cloning.
+    Returns policy (..., T, S, A). It starts uniform: nothing is borrowed from behaviour cloning.
     """
     policy = over_time(torch.full_like(rho_demo, 1 / rho_demo.shape[-1]), horizon)
     for _ in range(rounds):
@@ -299,14 +296,11 @@ def score(world, rho, seen):
 
 
 def mean_and_interval(x):
-    """Mean over the first dimension and the half-width of its 95% interval (Student's t).
-
-    The quantile is the Cornish-Fisher expansion about the normal's, good to 0.2% from 10 values on.
-    """
-    n, z = len(x), 1.959964
-    nu = n - 1
+    """Mean over the first dimension and the half-width of its 95% interval (Student's t)."""
+    nu, z = len(x) - 1, 1.959964
+    # Cornish and Fisher's expansion of the quantile about the normal's: 0.2% off at 10 values
     t = z + (z ** 3 + z) / (4 * nu) + (5 * z ** 5 + 16 * z ** 3 + 3 * z) / (96 * nu ** 2)
-    return x.mean(0), t * x.std(0) / math.sqrt(n)
+    return x.mean(0), t * x.std(0) / math.sqrt(nu + 1)
 
 
 # ---- the experiment -----------------------------------------------------------------------------
@@ -325,6 +319,7 @@ def checked_counts(s):
             (0 <= s.slip <= 1, f"--slip {s.slip}: a probability lies between 0 and 1"),
             (0 < s.temperature < math.inf, "--temperature must be above 0 and finite"),
             (0 < s.step < math.inf, "--step must be above 0 and finite"),
+            (not Path(s.out).is_file(), f"--out {s.out}: this is a file, not a folder"),
             (entries <= MAX_ENTRIES, "--seeds, --demos and --horizon together ask for arrays of "
                                      f"{entries:,} entries; the limit is {MAX_ENTRIES:,}")):
         if not good:
@@ -373,9 +368,8 @@ def print_tables(scores, expert, counts):
         print(f"{measure}: {unit}; the demonstrator's is {factor * expert[measure]:.2f}")
         print("demonstrations" + "".join(f"{n:>13}" for n in counts))
         for name, of in scores.items():
-            mean, half = mean_and_interval(factor * of[measure])
-            cells = (f"{m:.2f} ± {h:.2f}" for m, h in zip(mean.tolist(), half.tolist()))
-            print(f"{name:14}" + "".join(f"{cell:>13}" for cell in cells))
+            mean_half = zip(*(x.tolist() for x in mean_and_interval(factor * of[measure])))
+            print(f"{name:14}" + "".join(f"{f'{m:.2f}±{h:.2f}':>13}" for m, h in mean_half))
         print()
 
 
@@ -423,7 +417,7 @@ def draw(path, world, scores, expert, maps, counts):
         ax.set_xticks([], minor=True)
         ax.set(xlabel="demonstrations", ylabel=label)
     ax.legend()
-    return save_figure(figure, path)
+    save_figure(figure, path)
 
 
 def main(argv=None):
@@ -437,8 +431,10 @@ def main(argv=None):
                "demonstrator": {measure: x.item() for measure, x in expert.items()}}
     for name, of in scores.items():  # [means, half widths of the 95% intervals]
         results[name] = {m: [x.tolist() for x in mean_and_interval(of[m])] for m in of}
-    path = draw(Path(s.out) / "gridworld.png", world, scores, expert, maps, counts)
+    path = Path(s.out) / "gridworld.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.with_name("results.json").write_text(json.dumps(results, indent=1) + "\n")
+    draw(path, world, scores, expert, maps, counts)
     print(f"± is a 95% interval over {s.seeds} sets of demonstrations")
     print(f"written: {path}, results.json")
 

@@ -51,7 +51,7 @@ class Settings:
     """Directions of Init-SFT, Init-Demo and SFT-Demo, and what best-of-N gains by each."""
     seed: int = setting(0, "seed of all samples")
     seeds: int = setting(20, "independent runs (the intervals are over these)")
-    samples: int = setting(4000, "training samples from each cloud")
+    samples: int = setting(2000, "training samples from each cloud")
     prompts: int = setting(500, "best-of-N selections that a mean is taken over, per run")
     n: int = setting(16, "candidates in best-of-N")
     quality: float = setting(1.5, "the demonstrator's mean quality; pi_0 has 0, pi_SFT 1")
@@ -165,6 +165,7 @@ def check(s):
             (abs(s.offset) <= 10, f"--offset {s.offset}: between -10 and 10 spreads"),
             (abs(s.correlation) < 1, f"--correlation {s.correlation}: between -1 and 1"),
             (0.1 <= s.narrow <= 10, f"--narrow {s.narrow}: a spread between 0.1 and 10"),
+            (not Path(s.out).is_file(), f"--out {s.out}: this is a file, not a folder"),
             (entries <= MAX_ENTRIES,
              f"--seeds, --samples, --prompts and --n together ask for arrays of {entries:,} "
              f"entries; the limit is {MAX_ENTRIES:,}")):
@@ -266,7 +267,7 @@ def draw_plane(ax, s):
            "(dots: chosen; arrow and number: their mean, its quality)")
 
 
-def draw(s, by_offset, by_leak, by_offset_narrow):
+def draw(path, s, by_offset, by_leak, by_offset_narrow):
     """The figure: the plane, and golden quality against the mark's offset and against the leak."""
     figure = pyplot().figure(figsize=(10, 5.4))
     grid = figure.add_gridspec(2, 2, width_ratios=(1.15, 1))
@@ -297,7 +298,7 @@ def draw(s, by_offset, by_leak, by_offset_narrow):
               title="a foreign demonstrator misleads all but Init-SFT")
     below.set(xlabel=f"share of the mark that $\pi_{{SFT}}$ learns (offset {s.offset:g})",
               title="... unless SFT learns the mark as well")
-    return save_figure(figure, Path(s.out) / "heterogeneity.png")
+    save_figure(figure, path)
 
 
 def main(argv=None):
@@ -308,14 +309,16 @@ def main(argv=None):
     by_offset_narrow = sweep(s, OFFSETS, 0.0, s.narrow, degree=2)
     print_tables(s, (("mark's offset", OFFSETS, by_offset), ("mark learned", LEAKS, by_leak),
                      (f"offset, spread {s.narrow:g}", OFFSETS, by_offset_narrow)))
-    path = draw(s, by_offset, by_leak, by_offset_narrow)
     results = {"settings": asdict(s), "offsets": OFFSETS.tolist(), "leaks": LEAKS.tolist()}
     for name, sweep_of in (("by_offset", by_offset), ("by_leak", by_leak),
                            ("by_offset_narrow", by_offset_narrow)):
         results[name] = {reward: {"exact": of["exact"].tolist(), **{  # [means, 95% half widths]
             key: [x.tolist() for x in mean_and_interval(of[key])] for key in ("golden", "mark")}}
             for reward, of in sweep_of.items()}
+    path = Path(s.out) / "heterogeneity.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.with_name("results.json").write_text(json.dumps(results, indent=1) + "\n")
+    draw(path, s, by_offset, by_leak, by_offset_narrow)
     print(f"\n± is a 95% interval over {s.seeds} runs\nwritten: {path}, results.json")
 
 
