@@ -1,0 +1,444 @@
+"""A gridworld with slip: why known dynamics matter when the demonstrations are few.
+
+A demonstrator walks from S to G around a lake of lava, by the upper or by the lower route, and one
+step in five slips to the side. From n of its walks, and never from the reward, each method
+makes a policy:
+
+- behaviour cloning (BC) copies the action seen in each state. It never asks where its own steps
+  lead, and where it was shown nothing the likelihood leaves it free: it moves at random there.
+- occupancy matching knows the dynamics P. It rolls itself out, exactly, and lowers the divergence
+  of its own occupancy from that of the demonstrations: an unseen state has no action to copy, but
+  some actions lead back to states that were seen, and these are worth more.
+- MaxEnt IRL knows P too. It finds a reward under which the demonstrations are likely, then plans.
+
+Known dynamics are worth most with one demonstration. With a hundred hardly a state is unseen, and
+cloning is as good or slightly better: matching also copies the luck of the sample. P plays the
+part of concatenation in the token MDP. Run `python -m toy_envs.gridworld`.
+
+Shapes: T horizon, S states, A actions; B any leading batch (seeds, numbers of demonstrations).
+Time-indexed arrays follow the published recurrences: V[t,s], Q[t,s,a], policy[t,s,a] = pi_t(a|s),
+occupancy[t,s,a] = P(s_t = s, a_t = a), which sums to T. P[s,a,s'], start[s]; all float64, all
+expectations computed: only the walks are sampled.
+"""
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch.nn.functional import softplus
+
+from model import InputError
+from toy_envs.figures import COLORS, pyplot, save_figure
+from train import parse_settings, run_script, setting
+
+# S start, G goal, x lava; u and l are the gates of the upper and of the lower route, free cells.
+# Two rows lead past the lava on either side, so that a careful walker can keep off its shore.
+MAP = ("....u....",
+       "....u....",
+       "...xxx...",
+       "S..xxx..G",
+       "...xxx...",
+       "....l....",
+       "....l....")
+MOVES = ((-1, 0), (0, 1), (1, 0), (0, -1))  # up, right, down, left as (row, column)
+METHODS = {  # name: colour, line style; BC minimises the forward KL, state by state
+    "BC": (COLORS["forward_kl"], "-"), "BC nearest": (COLORS["forward_kl"], "--"),
+    "matching KL": (COLORS["reverse_kl"], "-"), "matching JS": (COLORS["jensen_shannon"], "-"),
+    "MaxEnt IRL": (COLORS["length"], "-"),
+}
+MAX_ENTRIES = 5_000_000  # of one policy[B,t,s,a]: a run holds about a dozen arrays of this size
+
+
+@dataclass
+class Settings:
+    """Behaviour cloning, occupancy matching and MaxEnt IRL in a gridworld with slip."""
+    seed: int = setting(0, "seed of all demonstrations")
+    seeds: int = setting(20, "independent sets of demonstrations (the intervals are over these)")
+    demos: str = setting("1,3,10,30,100", "numbers of demonstrations, comma-separated")
+    slip: float = setting(0.2, "probability of a step to the side (Russell and Norvig's 0.1 each)")
+    horizon: int = setting(35, "steps of an episode: twice what the longer way takes, 14 / 0.8")
+    temperature: float = setting(0.2, "of the demonstrator: a wasted step is e^5 times less likely")
+    rounds: int = setting(100, "rounds of occupancy matching")
+    step: float = setting(0.1, "step size of the policy in occupancy matching (0.5 oscillates)")
+    out: str = setting("out/gridworld", "folder for gridworld.png and results.json")
+
+
+@dataclass(frozen=True)
+class World:
+    """A finite MDP; golden (S,) is the reward per step spent in a state, unknown to the learners.
+
+    The goal pays 1 and lava -1 per step; both are absorbing and an episode always lasts T steps:
+    nothing is gained by ending it early, and to arrive sooner is to earn more.
+    """
+    P: torch.Tensor
+    start: torch.Tensor
+    golden: torch.Tensor
+    cells: str
+    width: int
+
+
+def read_map(rows, slip):
+    """The World of a character map: with probability slip a move goes to one of its two sides.
+
+    rows: equally long strings of the characters above; a move off the map stays where it is.
+    """
+    cells, width = "".join(rows), len(rows[0])
+    P = torch.zeros(len(cells), len(MOVES), len(cells), dtype=torch.float64)
+    for s, cell in enumerate(cells):
+        for a in range(len(MOVES)):
+            for turn, probability in ((0, 1 - slip), (1, slip / 2), (-1, slip / 2)):
+                row = s // width + MOVES[(a + turn) % 4][0]
+                column = s % width + MOVES[(a + turn) % 4][1]
+                inside = 0 <= row < len(rows) and 0 <= column < width
+                to = row * width + column if inside and cell not in "xG" else s
+                P[s, a, to] += probability
+    golden = marked(cells, "G") - marked(cells, "x")
+    return World(P, marked(cells, "S"), golden, cells, width)
+
+
+def marked(cells, character):
+    """1.0 at the cells that hold the character, 0.0 elsewhere: (S,)."""
+    return torch.tensor([float(cell == character) for cell in cells], dtype=torch.float64)
+
+
+# ---- dynamic programming ------------------------------------------------------------------------
+
+def expect_next(P, V):
+    """E[V(s') | s, a] = sum_s' P[s,a,s'] V(s'): (..., S) -> (..., S, A)."""
+    S, A, _ = P.shape
+    return (V @ P.reshape(S * A, S).T).reshape(*V.shape[:-1], S, A)
+
+
+def occupancy(P, start, policy):
+    """How often each state and action come up at each time: the forward recurrence.
+
+    rho[t,s,a] = mu_t(s) pi_t(a|s),  mu_0 = start,  mu_{t+1}(s') = sum_{s,a} rho[t,s,a] P[s,a,s'].
+    policy (..., T, S, A) -> the same shape; each t sums to one, all of it to T (no discount).
+    """
+    S, A, _ = P.shape
+    mu, steps = start, []
+    for pi in policy.unbind(-3):
+        rho = mu[..., None] * pi
+        steps.append(rho)
+        mu = rho.reshape(*rho.shape[:-2], S * A) @ P.reshape(S * A, S)
+    return torch.stack(steps, dim=-3)
+
+
+def advantage(P, reward, policy):
+    """A[t,s,a] = Q[t,s,a] - V[t,s] of a policy, by the backward recurrence.
+
+    Q[t,s,a] = r(s,a) + E[V[t+1,s'] | s,a],  V[t,s] = sum_a pi_t(a|s) Q[t,s,a],  V[T] = 0.
+    reward (..., S, A), policy (..., T, S, A) -> (..., T, S, A).
+    """
+    V, steps = torch.zeros_like(reward[..., 0]), []
+    for pi in reversed(policy.unbind(-3)):
+        Q = reward + expect_next(P, V)
+        V = (pi * Q).sum(-1)
+        steps.append(Q - V[..., None])
+    return torch.stack(steps[::-1], dim=-3)
+
+
+def soft_value_iteration(P, reward, horizon, temperature=1.0):
+    """The policy of maximal return plus temperature times entropy, by soft value iteration.
+
+    V[t,s] = tau logsumexp_a Q[t,s,a] / tau,  pi_t(a|s) = exp((Q[t,s,a] - V[t,s]) / tau),  V[T] = 0.
+    With a chance in the dynamics this is *causal* entropy (Ziebart, Bagnell & Dey, ICML 2010): the
+    paper of 2008 weighs whole paths and so credits a policy with luck; without slip they agree.
+    reward (..., S, A) -> V (..., T, S) and policy (..., T, S, A).
+    """
+    V, values, policies = torch.zeros_like(reward[..., 0]), [], []
+    for _ in range(horizon):
+        Q = reward + expect_next(P, V)
+        top = Q.amax(-1, keepdim=True)  # logsumexp by hand: its exponentials are the policy as well
+        weight = torch.exp((Q - top) / temperature)
+        total = weight.sum(-1, keepdim=True)
+        V = (top + temperature * torch.log(total))[..., 0]
+        values.append(V)
+        policies.append(weight / total)
+    return torch.stack(values[::-1], dim=-2), torch.stack(policies[::-1], dim=-3)
+
+
+def over_time(policy, T):
+    """The same policy at every step: (..., S, A) -> (..., T, S, A)."""
+    return policy[..., None, :, :].expand(*policy.shape[:-2], T, *policy.shape[-2:])
+
+
+# ---- the demonstrator ---------------------------------------------------------------------------
+
+def route_policies(world, horizon, temperature):
+    """The demonstrator's two ways, (2, T, S, A): near-optimal where the other's gate costs 1 too."""
+    gates = torch.stack([marked(world.cells, "l"), marked(world.cells, "u")])
+    reward = (world.golden - gates)[..., None].expand(-1, -1, len(MOVES))
+    return soft_value_iteration(world.P, reward, horizon, temperature)[1]
+
+
+def sample_walks(P, start, policies, shape, generator):
+    """Draw walks, each by one of the K policies (K, T, S, A) chosen evenly at its start.
+
+    Returns states and actions, both (*shape, T), int64.
+    """
+    n, T = math.prod(shape), policies.shape[1]
+    route = torch.randint(len(policies), (n,), generator=generator)
+    s = torch.multinomial(start, n, replacement=True, generator=generator)
+    states, actions = [], []
+    for t in range(T):
+        a = torch.multinomial(policies[route, t, s], 1, generator=generator)[:, 0]
+        states.append(s)
+        actions.append(a)
+        s = torch.multinomial(P[s, a], 1, generator=generator)[:, 0]
+    return tuple(torch.stack(x, -1).reshape(*shape, T) for x in (states, actions))
+
+
+def empirical_occupancy(states, actions, S, A):
+    """Steps per walk spent in each (s,a), mean over walks: (..., n, T) -> (..., S, A), sum T."""
+    index = (states * A + actions).flatten(-2)
+    n = states.shape[-2]
+    count = torch.zeros(*index.shape[:-1], S * A, dtype=torch.float64)
+    count.scatter_add_(-1, index, torch.ones(index.shape, dtype=torch.float64))
+    return count.reshape(*index.shape[:-1], S, A) / n
+
+
+# ---- three ways to learn from it ----------------------------------------------------------------
+
+def behaviour_cloning(rho_demo, distance=None):
+    """The maximum-likelihood policy pi(a|s) = rho_demo(s,a) / rho_demo(s): (..., S, A), for all t.
+
+    A state without data does not enter the likelihood: *no* policy there is likelier than another.
+    Uniform is what a softmax started at zero keeps (its gradient there is zero), and the limit of
+    add-alpha smoothing as alpha -> 0. A better answer must know something of the world: given a
+    distance (S, S), an unseen state copies the nearest seen one (ties: the first). That is
+    knowledge of geometry, not yet of dynamics, and in an open field it goes a long way.
+    One policy for all t pools the counts: a policy per step would need T times the demonstrations.
+    """
+    seen = rho_demo.sum(-1)
+    policy = torch.nan_to_num(rho_demo / seen[..., None], nan=1 / rho_demo.shape[-1])  # 0/0: unseen
+    if distance is None:
+        return policy
+    far = torch.where(seen > 0, 0.0, torch.inf)[..., None, :]
+    nearest = (distance + far).argmin(-1)
+    return policy.gather(-2, nearest[..., None].expand_as(policy))
+
+
+def log_ratio(rho_demo, rho, floor):
+    """The tabular discriminator's optimum h*(s,a) = log(rho_demo + floor) - log(rho + floor).
+
+    Of the logistic loss -sum [(rho_demo + floor) log D + (rho + floor) log(1 - D)], D = sigmoid(h):
+    floor steps in each (s,a) bear both labels, which keeps h finite where nothing was demonstrated.
+    The logit is high for demonstrations.
+    """
+    return torch.log(rho_demo + floor) - torch.log(rho + floor)
+
+
+def occupancy_matching(P, start, rho_demo, horizon, reward, rounds, step, floor=0.01):
+    """Adversarial imitation, discriminator and roll-outs exact: minimise D_f(demo || policy).
+
+    Each round: h = the discriminator's optimum against the policy's own occupancy; r = reward(h),
+    held constant (h for the reverse KL, softplus(h) for Jensen-Shannon, which is GAIL); one step of
+    the natural policy gradient (Kakade 2001), which adds step * A[t,s,a] to the logits. The plain
+    gradient weighs that by mu_t(s), and so would hardly move in the states into which the policy
+    seldom slips: the very ones that matter here.
+    rho_demo (..., S, A) in steps per walk; the default floor is one step in a hundred walks.
+    Returns policy (..., T, S, A). It starts uniform: nothing is borrowed from behaviour cloning.
+    """
+    policy = over_time(torch.full_like(rho_demo, 1 / rho_demo.shape[-1]), horizon)
+    for _ in range(rounds):
+        rho = occupancy(P, start, policy).sum(-3)
+        r = reward(log_ratio(rho_demo, rho, floor))
+        policy = policy * torch.exp(step * advantage(P, r, policy))
+        policy = policy / policy.sum(-1, keepdim=True)
+    return policy
+
+
+def maxent_irl(P, start, rho_demo, horizon, precision, iterations=200):
+    """MaxEnt IRL (Ziebart et al., AAAI 2008): one reward per state, by maximum a posteriori.
+
+    Minimises V_w(start) - w.f_demo + precision/2 |w|^2: the first two are -E_demo[log pi_w] of the
+    soft-optimal policy for reward w, once the demonstrator's slips average out. Convex; gradient
+    f_pi - f_demo + precision w, where the features f are the steps spent in each state, so that at
+    precision 0 their expectations match. A state that no demonstration entered would then go to
+    minus infinity: a normal prior of width sigma stops it, precision = 1 / (n sigma^2) for n walks.
+    rho_demo (..., S, A), precision broadcastable to (..., 1) -> w (..., S) in nats per step, an
+    estimate of golden / temperature (no more than that: V and w may trade off, and where nobody
+    came near, the prior's 0 stays), and its policy (..., T, S, A).
+    """
+    f_demo = rho_demo.sum(-1)
+    w = torch.zeros_like(f_demo, requires_grad=True)
+    lbfgs = torch.optim.LBFGS([w], max_iter=iterations, history_size=20, tolerance_grad=1e-6,
+                              line_search_fn="strong_wolfe")
+
+    @torch.no_grad()
+    def loss():
+        V, policy = soft_value_iteration(P, w[..., None].expand_as(rho_demo), horizon)
+        f = occupancy(P, start, policy).sum((-3, -1))
+        w.grad = f - f_demo + precision * w  # by hand: cheaper than through the recurrences
+        return (V[..., 0, :] @ start).sum() + (w * (precision / 2 * w - f_demo)).sum()
+
+    lbfgs.step(loss)
+    w = w.detach()
+    return w, soft_value_iteration(P, w[..., None].expand_as(rho_demo), horizon)[1]
+
+
+# ---- how good it is -----------------------------------------------------------------------------
+
+def score(world, rho, seen):
+    """Golden return, failure rate and drift of occupancies (..., T, S, A), each of shape (...).
+
+    Failure: not in the goal at the last step. Drift: steps spent in cells that no demonstration
+    entered, seen (..., S), lava and goal (where the walk is over) not counted.
+    """
+    mu = rho.sum((-3, -1))
+    end = rho[..., -1, :, :].sum(-1)
+    absorbing = marked(world.cells, "G") + marked(world.cells, "x")
+    return {"return": mu @ world.golden, "failure": 1 - end @ marked(world.cells, "G"),
+            "drift": (mu * ~seen * (1 - absorbing)).sum(-1)}
+
+
+def mean_and_interval(x):
+    """Mean over the first dimension and the half-width of its 95% interval (Student's t)."""
+    nu, z = len(x) - 1, 1.959964
+    # Cornish and Fisher's expansion of the quantile about the normal's: 0.2% off at 10 values
+    t = z + (z ** 3 + z) / (4 * nu) + (5 * z ** 5 + 16 * z ** 3 + 3 * z) / (96 * nu ** 2)
+    return x.mean(0), t * x.std(0) / math.sqrt(nu + 1)
+
+
+# ---- the experiment -----------------------------------------------------------------------------
+
+def checked_counts(s):
+    """The numbers of demonstrations, ascending; InputError where a setting makes no sense."""
+    try:
+        counts = sorted({int(word) for word in s.demos.split(",")})
+    except ValueError:
+        raise InputError(f"--demos {s.demos}: expected whole numbers, like 1,10,100") from None
+    entries = s.seeds * s.horizon * max(len(counts) * len("".join(MAP)) * 4, counts[-1])
+    for good, message in (
+            (counts[0] >= 1, f"--demos {s.demos}: each must be at least 1"),
+            (s.seeds >= 2, f"--seeds {s.seeds}: an interval needs at least 2"),
+            (s.horizon >= 1 and s.rounds >= 1, "--horizon and --rounds must be at least 1"),
+            (0 <= s.slip <= 1, f"--slip {s.slip}: a probability lies between 0 and 1"),
+            (0 < s.temperature < math.inf, "--temperature must be above 0 and finite"),
+            (0 < s.step < math.inf, "--step must be above 0 and finite"),
+            (not Path(s.out).is_file(), f"--out {s.out}: this is a file, not a folder"),
+            (entries <= MAX_ENTRIES, "--seeds, --demos and --horizon together ask for arrays of "
+                                     f"{entries:,} entries; the limit is {MAX_ENTRIES:,}")):
+        if not good:
+            raise InputError(message)
+    return counts
+
+
+def experiment(world, s, counts):
+    """Every method on every set of demonstrations: (seeds, numbers of demonstrations) at once.
+
+    Returns scores {method: {measure: (seeds, counts)}}, the demonstrator's own {measure: ()}, and
+    what the figure draws: steps spent {method: (seeds, counts, S)}, seen and reward the same.
+    """
+    P, start, T, S = world.P, world.start, s.horizon, len(world.cells)
+    generator = torch.Generator().manual_seed(s.seed)
+    experts = route_policies(world, T, s.temperature)
+    # a seed's first n walks are its n demonstrations, so that methods and numbers compare in pairs
+    states, actions = sample_walks(P, start, experts, (s.seeds, counts[-1]), generator)
+    rho_demo = torch.stack([empirical_occupancy(states[:, :n], actions[:, :n], S, len(MOVES))
+                            for n in counts], 1)
+    place = torch.stack([torch.arange(S) // world.width, torch.arange(S) % world.width], -1)
+    distance = torch.cdist(place.double(), place.double(), p=1)
+    prior = 1 / torch.tensor(counts)[:, None]  # a width of 1 nat per cell
+    reward, planned = maxent_irl(P, start, rho_demo, T, prior)
+    policies = {
+        "BC": over_time(behaviour_cloning(rho_demo), T),
+        "BC nearest": over_time(behaviour_cloning(rho_demo, distance), T),
+        "matching KL": occupancy_matching(P, start, rho_demo, T, lambda h: h, s.rounds, s.step),
+        "matching JS": occupancy_matching(P, start, rho_demo, T, softplus, s.rounds, s.step),
+        "MaxEnt IRL": planned,
+    }
+    seen = rho_demo.sum(-1) > 0
+    rho = {name: occupancy(P, start, policy) for name, policy in policies.items()}
+    scores = {name: score(world, each, seen) for name, each in rho.items()}
+    rho_expert = occupancy(P, start, experts).mean(0)
+    maps = {"expert": rho_expert.sum((0, 2)), "seen": seen, "reward": reward,
+            **{name: each.sum((-3, -1)) for name, each in rho.items()}}
+    return scores, score(world, rho_expert, torch.ones(S, dtype=torch.bool)), maps
+
+
+def print_tables(scores, expert, counts):
+    """Each measure by method (rows) and number of demonstrations (columns): mean and 95%."""
+    for measure, unit, factor in (("return", "steps in the goal less steps in lava", 1),
+                                  ("failure", "% not in the goal at the end", 100),
+                                  ("drift", "steps where no demonstration went", 1)):
+        print(f"{measure}: {unit}; the demonstrator's is {factor * expert[measure]:.2f}")
+        print("demonstrations" + "".join(f"{n:>13}" for n in counts))
+        for name, of in scores.items():
+            mean_half = zip(*(x.tolist() for x in mean_and_interval(factor * of[measure])))
+            print(f"{name:14}" + "".join(f"{f'{m:.2f}±{h:.2f}':>13}" for m, h in mean_half))
+        print()
+
+
+def draw_map(ax, world, values, title, seen=None):
+    """One map of values (S,): steps spent, with dots on the seen cells, or a reward (seen None)."""
+    from matplotlib.colors import LogNorm
+    bound = values.abs().max().item()
+    how = ({"cmap": "RdBu", "vmin": -bound, "vmax": bound} if seen is None else
+           {"cmap": "Greys", "norm": LogNorm(0.02, 20, clip=True)})
+    image = ax.imshow(values.reshape(-1, world.width), aspect="auto", **how)
+    for s, cell in enumerate(world.cells):
+        if cell in "SGx" or (seen is not None and seen[s]):
+            mark = {"S": "S", "G": "G", "x": "×"}.get(cell, "•")
+            ax.text(s % world.width, s // world.width, mark, ha="center", va="center",
+                    weight="bold", color=COLORS["sft-demo" if cell == "x" else "demo"])
+    ax.set(title=title, xticks=[], yticks=[])
+    ax.grid(False)
+    return image
+
+
+def draw(path, world, scores, expert, maps, counts):
+    """The figure: where the first seed's learners go, the reward found, return and failure."""
+    figure = pyplot().figure(figsize=(10, 5.8))
+    above, below = figure.subfigures(2, 1)
+    axes = above.subplots(1, 4)
+    draw_map(axes[0], world, maps["expert"], "demonstrator: two routes\n"
+             f"fails {expert['failure']:.1%}", torch.zeros(len(world.cells)))
+    for ax, name, title in ((axes[1], "BC", "behaviour cloning"),
+                            (axes[2], "matching KL", "occupancy matching")):
+        title += f", {counts[0]} demo\nfails {scores[name]['failure'][0, 0]:.0%}"
+        image = draw_map(ax, world, maps[name][0, 0], title, maps["seen"][0, 0])
+    above.colorbar(image, ax=axes[:3], location="bottom", aspect=60,
+                   label="steps spent (• cell in the demonstration, × lava)")
+    image = draw_map(axes[3], world, maps["reward"][:, -1].mean(0),
+                     f"reward by MaxEnt IRL\n{counts[-1]} demos, mean of seeds")
+    above.colorbar(image, ax=axes[3], location="bottom", label="nats per step")
+    for ax, measure, label in zip(below.subplots(1, 2), ("return", "failure"),
+                                  ("golden return (steps)", "failure rate")):
+        ax.axhline(expert[measure], color=COLORS["demo"], lw=1, label="demonstrator")
+        for name, (color, style) in METHODS.items():
+            mean, half = mean_and_interval(scores[name][measure])
+            ax.errorbar(counts, mean, half, label=name, color=color, ls=style, marker="o", ms=3)
+        ax.set_xscale("log")
+        ax.set_xticks(counts, counts)
+        ax.set_xticks([], minor=True)
+        ax.set(xlabel="demonstrations", ylabel=label)
+    ax.legend()
+    save_figure(figure, path)
+
+
+def main(argv=None):
+    """Run the experiment, print the tables, write gridworld.png and results.json."""
+    s = parse_settings(Settings, argv)
+    counts = checked_counts(s)
+    world = read_map(MAP, s.slip)
+    scores, expert, maps = experiment(world, s, counts)
+    print_tables(scores, expert, counts)
+    results = {"settings": asdict(s), "demonstrations": counts,
+               "demonstrator": {measure: x.item() for measure, x in expert.items()}}
+    for name, of in scores.items():  # [means, half widths of the 95% intervals]
+        results[name] = {m: [x.tolist() for x in mean_and_interval(of[m])] for m in of}
+    path = Path(s.out) / "gridworld.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_name("results.json").write_text(json.dumps(results, indent=1) + "\n")
+    draw(path, world, scores, expert, maps, counts)
+    print(f"± is a 95% interval over {s.seeds} sets of demonstrations")
+    print(f"written: {path}, results.json")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)  # the matrices are small: two threads wait more than they work
+    run_script(main)

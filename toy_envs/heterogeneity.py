@@ -1,0 +1,327 @@
+"""Which negatives, which positives: why Init-SFT, in one picture of the plane.
+
+A response is a point z = (quality, mark): how good it is, which the golden reward reads off, and
+who wrote it, which golden ignores. Three writers are Gaussian clouds with one covariance Sigma:
+
+    pi_0 ~ N((0, 0), Sigma)    pi_SFT ~ N((1, leak m), Sigma)    demonstrator ~ N((q, m), Sigma)
+
+The demonstrator writes better than pi_SFT (q > 1) and bears a mark of its own, m away, of which the
+policy can learn to produce the share `leak`: by default none. All units are pi_SFT's own spread.
+
+The optimal logit between two clouds is linear, w.z + b with w = Sigma^-1 (mu_1 - mu_0) (Fisher's
+discriminant; mu_1 the positives). Best-of-N by w.z then moves pi_SFT's mean along mu_1 - mu_0:
+
+    Init-SFT  (1, leak m)      Init-Demo  (q, m)      SFT-Demo  (q - 1, (1 - leak) m)
+
+Each goes equally far; what counts is how much of the way is quality. pi_SFT shows no mark that it
+cannot produce, so Init-SFT does not look for it. Init-Demo does, by m against q, and SFT-Demo by m
+against the little quality that is left between pi_SFT and the demonstrator. Init-SFT's advantage
+ends where SFT does learn the mark: at leak = 1 its direction is that of (1, m), worse than (q, m).
+Left out here: many dimensions and few samples, where noise in w also favours the wider contrast.
+
+Run `python -m toy_envs.heterogeneity`. Shapes: B any leading batch (seeds, cases), K samples,
+N candidates, F features; a point's coordinates (quality, mark) come last. float64 throughout.
+Reward models: arXiv:2405.15624; the plane is ours.
+"""
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from model import InputError
+from toy_envs.figures import COLORS, pyplot, save_figure
+from toy_envs.gridworld import mean_and_interval
+from train import parse_settings, run_script, setting
+
+REWARDS = {  # name: negatives, positives, label
+    "init-sft": ("init", "sft", "Init-SFT"),
+    "init-demo": ("init", "demo", "Init-Demo"),
+    "sft-demo": ("sft", "demo", "SFT-Demo"),
+}
+OFFSETS = torch.linspace(0, 3, 7, dtype=torch.float64)
+LEAKS = torch.linspace(0, 1, 6, dtype=torch.float64)
+MAX_ENTRIES = 20_000_000  # of the array of all features; a run holds about four such arrays
+
+
+@dataclass
+class Settings:
+    """Directions of Init-SFT, Init-Demo and SFT-Demo, and what best-of-N gains by each."""
+    seed: int = setting(0, "seed of all samples")
+    seeds: int = setting(20, "independent runs (the intervals are over these)")
+    samples: int = setting(2000, "training samples from each cloud")
+    prompts: int = setting(500, "best-of-N selections that a mean is taken over, per run")
+    n: int = setting(16, "candidates in best-of-N")
+    quality: float = setting(1.5, "the demonstrator's mean quality; pi_0 has 0, pi_SFT 1")
+    offset: float = setting(2.0, "the demonstrator's mark in the picture and in the sweep of leaks")
+    correlation: float = setting(0.0, "of quality and mark within each cloud")
+    narrow: float = setting(0.5, "spread of the mark for a demonstrator who is always alike")
+    out: str = setting("out/heterogeneity", "folder for heterogeneity.png and results.json")
+
+
+# ---- closed forms -------------------------------------------------------------------------------
+
+def cloud_means(quality, offset, leak):
+    """The three means (B, 2), by name; offset and leak broadcast to B."""
+    offset, leak = torch.broadcast_tensors(torch.as_tensor(offset), torch.as_tensor(leak))
+    zero = torch.zeros_like(offset, dtype=torch.float64)
+    return {"init": torch.stack([zero, zero], -1),
+            "sft": torch.stack([zero + 1, leak * offset], -1),
+            "demo": torch.stack([zero + quality, zero + offset], -1)}
+
+
+def linear_discriminant(negative, positive, cov):
+    """w = cov^-1 (positive - negative): the optimal logit's direction, for means (B, 2)."""
+    return torch.linalg.solve(cov, (positive - negative)[..., None])[..., 0]
+
+
+def expected_maximum(n):
+    """E[max of n standard normals] = integral of x n phi(x) Phi(x)^(n-1), by the trapezoid rule.
+
+    The integrand is smooth and vanishes at both ends, where the rule converges beyond any power.
+    """
+    x = torch.linspace(-12, 12, 4001, dtype=torch.float64)
+    log_density = math.log(n) - x ** 2 / 2 - math.log(2 * math.pi) / 2
+    log_density = log_density + (n - 1) * torch.special.log_ndtr(x)
+    return torch.trapezoid(x * log_density.exp(), x).item()
+
+
+def best_of_n_shift(w, cov, n):
+    """E[z of the best of n by w.z] - E[z] = E[max of n] cov w / sqrt(w.cov.w), for z ~ N(., cov).
+
+    The score is normal, so its best is E[max] of its own standard deviations up, and z follows by
+    regression on the score. In quality that is E[max] times the correlation of score and quality.
+    w (B, 2) -> (B, 2) in units of z.
+    """
+    cov_w = w @ cov
+    return expected_maximum(n) * cov_w / (w * cov_w).sum(-1, keepdim=True).sqrt()
+
+
+def log_ratio_weights(negative, positive, cov_negative, cov_positive):
+    """Weights (B, 6) on features(z, 2) of log N(z; positive) - log N(z; negative).
+
+    log N = -z.A.z/2 + z.A mu - mu.A mu/2 + log det(A)/2 + const, with A = cov^-1: quadratic in z,
+    and linear (the linear discriminant) where the two covariances agree.
+    """
+    total = 0.0
+    for sign, mu, cov in ((1, positive, cov_positive), (-1, negative, cov_negative)):
+        A = torch.linalg.inv(cov)
+        A_mu = mu @ A
+        constant = (torch.logdet(A) - (mu * A_mu).sum(-1, keepdim=True)) / 2
+        square = -torch.stack([A[0, 0] / 2, A[0, 1], A[1, 1] / 2]).expand(*mu.shape[:-1], 3)
+        total = total + sign * torch.cat([constant, A_mu, square], -1)
+    return total
+
+
+# ---- the same from samples ----------------------------------------------------------------------
+
+def features(z, degree):
+    """(B, 2) -> (B, 3): 1, x, y; at degree 2 -> (B, 6): also x^2, xy, y^2."""
+    x, y = z.unbind(-1)
+    columns = [torch.ones_like(x), x, y]
+    return torch.stack(columns + [x * x, x * y, y * y] * (degree == 2), -1)
+
+
+def logistic_regression(negatives, positives, degree=1, width=10.0, iterations=20):
+    """Weights (B, F) of the discriminator's logit on features(z, degree), by Newton's method.
+
+    Minimises the mean of softplus(-logit) over positives and of softplus(logit) over negatives,
+    (B, K, 2) each, summed over K. A normal prior of the given width on each weight keeps them
+    finite should the samples be separable, and is outweighed where thousands of them overlap.
+    """
+    X = features(torch.cat([negatives, positives], -2), degree)
+    label = torch.zeros(X.shape[-2], dtype=X.dtype)
+    label[negatives.shape[-2]:] = 1
+    ridge = torch.eye(X.shape[-1], dtype=X.dtype) / width ** 2
+    w = torch.zeros(*X.shape[:-2], X.shape[-1], dtype=X.dtype)
+    for _ in range(iterations):
+        p = torch.sigmoid((X @ w[..., None])[..., 0])
+        gradient = ((p - label)[..., None] * X).sum(-2) + w @ ridge
+        hessian = X.mT @ ((p * (1 - p))[..., None] * X) + ridge
+        w = w - torch.linalg.solve(hessian, gradient[..., None])[..., 0]
+    return w
+
+
+def best_of_n(candidates, w, degree=1):
+    """The best of N by logit: candidates (B, K, N, 2), weights (B, F) -> the chosen (B, K, 2)."""
+    logit = (features(candidates, degree) @ w[..., None, :, None])[..., 0]
+    best = logit.argmax(-1)[..., None, None].expand(*logit.shape[:-1], 1, 2)
+    return candidates.expand(*logit.shape, 2).gather(-2, best)[..., 0, :]
+
+
+# ---- the experiment -----------------------------------------------------------------------------
+
+def check(s):
+    """Raises InputError where a setting makes no sense or would ask for too much memory."""
+    entries = 6 * s.seeds * len(OFFSETS) * max(s.prompts * s.n, 2 * s.samples)  # six features
+    for good, message in (
+            (s.seeds >= 2, f"--seeds {s.seeds}: an interval needs at least 2"),
+            (s.samples >= 10, f"--samples {s.samples}: a discriminator needs at least 10"),
+            (s.prompts >= 1 and s.n >= 1, "--prompts and --n must be at least 1"),
+            (0 < s.quality <= 10 and s.quality != 1, f"--quality {s.quality}: above 0, at most 10, "
+             "and not 1 (SFT-Demo would have nothing to tell apart without a mark)"),
+            (abs(s.offset) <= 10, f"--offset {s.offset}: between -10 and 10 spreads"),
+            (abs(s.correlation) < 1, f"--correlation {s.correlation}: between -1 and 1"),
+            (0.1 <= s.narrow <= 10, f"--narrow {s.narrow}: a spread between 0.1 and 10"),
+            (not Path(s.out).is_file(), f"--out {s.out}: this is a file, not a folder"),
+            (entries <= MAX_ENTRIES,
+             f"--seeds, --samples, --prompts and --n together ask for arrays of {entries:,} "
+             f"entries; the limit is {MAX_ENTRIES:,}")):
+        if not good:
+            raise InputError(message)
+
+
+def sweep(s, offset, leak, narrow=1.0, degree=1):
+    """Best-of-N by all three rewards over cases (offset and leak broadcast), trained and exact.
+
+    Returns {reward: {"golden", "mark": means of the chosen (seeds, cases); "exact": golden (cases)
+    by the closed form at degree 1, and by the exact logit on the same candidates at degree 2;
+    "weights": (seeds, cases, F)}}. All sweeps draw the same noise, so that cases compare in pairs.
+    """
+    generator = torch.Generator().manual_seed(s.seed)
+    cov = torch.tensor([[1, s.correlation], [s.correlation, 1]], dtype=torch.float64)
+    scale = torch.tensor([1, narrow], dtype=torch.float64)
+    covs = {"init": cov, "sft": cov, "demo": scale[:, None] * cov * scale}
+    means = cloud_means(s.quality, offset, leak)
+
+    def draw_from(name, *shape):
+        noise = torch.randn(s.seeds, 1, *shape, 2, generator=generator, dtype=torch.float64)
+        mean = means[name].reshape(-1, *[1] * len(shape), 2)
+        return mean + noise @ torch.linalg.cholesky(covs[name]).T
+
+    samples = {name: draw_from(name, s.samples) for name in means}
+    candidates = draw_from("sft", s.prompts, s.n)
+    results = {}
+    for reward, (negative, positive, _) in REWARDS.items():
+        w = logistic_regression(samples[negative], samples[positive], degree)
+        golden, mark = best_of_n(candidates, w, degree).mean(-2).unbind(-1)
+        pair = means[negative], means[positive]
+        if degree == 1:
+            shift = best_of_n_shift(linear_discriminant(*pair, cov), cov, s.n)
+            exact = (means["sft"] + shift)[:, 0]
+        else:
+            ideal = log_ratio_weights(*pair, covs[negative], covs[positive])
+            exact = best_of_n(candidates, ideal, degree)[..., 0].mean((0, -1))
+        results[reward] = {"golden": golden, "mark": mark, "exact": exact, "weights": w}
+    return results
+
+
+def print_tables(s, tables):
+    """Golden reward of best-of-N by reward model (rows) and case (columns), exact and trained."""
+    print(f"mean quality of best-of-{s.n}: exact, trained, and the 95% half-width of trained\n"
+          f"(pi_SFT has 1, the demonstrator {s.quality:g}, best-of-{s.n} by golden itself "
+          f"{1 + expected_maximum(s.n):.2f})")
+    for title, cases, results in tables:
+        print("\n" + f"{title:16}" + "".join(f"{case:7.1f}" for case in cases.tolist()))
+        for reward, (_, _, label) in REWARDS.items():
+            mean, half = mean_and_interval(results[reward]["golden"])
+            for name, row in ((label, results[reward]["exact"]), ("  trained", mean),
+                              ("  ±", half)):
+                print(f"{name:16}" + "".join(f"{value:7.2f}" for value in row.tolist()))
+
+
+# ---- the figure ---------------------------------------------------------------------------------
+
+def draw_clouds(ax, means, cov):
+    """Each writer's cloud, as ellipses of one and two standard deviations, with its name."""
+    from matplotlib.patches import Ellipse
+    variance, axes = torch.linalg.eigh(cov)
+    angle = math.degrees(math.atan2(axes[1, 1], axes[0, 1]))
+    for name, label, place in (("init", "$\pi_0$", (-1.7, -1.3)),
+                               ("sft", "$\pi_{SFT}$", (0.5, -1.6)),
+                               ("demo", "demonstrator", (-1.2, 1.7))):
+        for radius in (1, 2):
+            width, height = (2 * radius * variance.sqrt()).flip(0).tolist()
+            ax.add_patch(Ellipse(means[name], width, height, angle=angle, alpha=0.13, lw=0,
+                                 color=COLORS[name]))
+        ax.plot(*means[name], "o", color=COLORS[name], ms=6)
+        ax.text(*(means[name] + torch.tensor(place)), label, color=COLORS[name], weight="bold",
+                size=13)
+
+
+def draw_plane(ax, s):
+    """The clouds, and from pi_SFT the way that best-of-N takes by each reward."""
+    cov = torch.tensor([[1, s.correlation], [s.correlation, 1]], dtype=torch.float64)
+    means = cloud_means(s.quality, s.offset, 0.0)
+    draw_clouds(ax, means, cov)
+    generator = torch.Generator().manual_seed(s.seed)
+    for reward, (negative, positive, label) in REWARDS.items():
+        w = linear_discriminant(means[negative], means[positive], cov)
+        noise = torch.randn(120, s.n, 2, generator=generator, dtype=torch.float64)
+        candidates = means["sft"] + noise @ torch.linalg.cholesky(cov).T
+        chosen = best_of_n(candidates, torch.cat([torch.zeros(1), w]))
+        ax.plot(*chosen.T, ".", color=COLORS[reward], ms=3, alpha=0.6)
+        end = means["sft"] + best_of_n_shift(w, cov, s.n)
+        ax.annotate("", end, means["sft"], arrowprops={
+            "arrowstyle": "-|>", "mutation_scale": 18, "color": COLORS[reward], "lw": 3,
+            "shrinkA": 0, "shrinkB": 0})
+        left = reward == "sft-demo"
+        ax.annotate(f"{label}: {end[0]:.2f}", end, xytext=(-8 if left else 8, 4), size=11,
+                    textcoords="offset points", ha="right" if left else "left",
+                    color=COLORS[reward], weight="bold",
+                    bbox={"fc": "white", "ec": "none", "alpha": 0.75, "pad": 1})
+    ax.set(aspect="equal", xlabel="quality (all that golden counts)", ylabel="the writer's mark",
+           xlim=(-2.2, 5.2), title=f"the best of {s.n} samples of $\pi_{{SFT}}$, by reward model\n"
+           "(dots: chosen; arrow and number: their mean, its quality)")
+
+
+def draw(path, s, by_offset, by_leak, by_offset_narrow):
+    """The figure: the plane, and golden quality against the mark's offset and against the leak."""
+    figure = pyplot().figure(figsize=(10, 5.4))
+    grid = figure.add_gridspec(2, 2, width_ratios=(1.15, 1))
+    draw_plane(figure.add_subplot(grid[:, 0]), s)
+    above, below = figure.add_subplot(grid[0, 1]), figure.add_subplot(grid[1, 1])
+    for ax, cases, results, style, mark in (
+            (above, OFFSETS, by_offset, "-", "o"), (above, OFFSETS, by_offset_narrow, ":", "s"),
+            (below, LEAKS, by_leak, "-", "o")):
+        for reward, (_, _, label) in REWARDS.items():
+            mean, half = mean_and_interval(results[reward]["golden"])
+            ax.plot(cases, results[reward]["exact"], style, color=COLORS[reward],
+                    label=label if ax is below else None)
+            ax.errorbar(cases, mean, half, color=COLORS[reward], fmt=mark, ms=4,
+                        mfc=COLORS[reward] if style == "-" else "white")
+    above.plot([], [], "k-o", ms=4, label="all spreads equal")
+    above.plot([], [], "k:s", ms=4, mfc="white", label=f"demonstrator's mark: spread {s.narrow:g}")
+    for height, name, label in ((s.quality, "demo", "demonstrator's mean"),
+                                (1, "sft", "$\pi_{SFT}$'s mean")):
+        for ax in (above, below):
+            ax.axhline(height, color=COLORS[name], lw=1, alpha=0.5)
+            ax.set(ylabel=f"quality of best-of-{s.n}")
+        above.annotate(label, (0, height), xytext=(0, 2), textcoords="offset points", size=8,
+                       color=COLORS[name])
+    above.set_ylim(top=3.4)  # room for the legend
+    above.legend(loc="upper right", ncols=2)
+    below.legend()
+    above.set(xlabel="offset of the demonstrator's mark (lines: exact, points: trained)",
+              title="a foreign demonstrator misleads all but Init-SFT")
+    below.set(xlabel=f"share of the mark that $\pi_{{SFT}}$ learns (offset {s.offset:g})",
+              title="... unless SFT learns the mark as well")
+    save_figure(figure, path)
+
+
+def main(argv=None):
+    """Run the three sweeps, print the tables, write heterogeneity.png and results.json."""
+    s = parse_settings(Settings, argv)
+    check(s)
+    by_offset, by_leak = sweep(s, OFFSETS, 0.0), sweep(s, s.offset, LEAKS)
+    by_offset_narrow = sweep(s, OFFSETS, 0.0, s.narrow, degree=2)
+    print_tables(s, (("mark's offset", OFFSETS, by_offset), ("mark learned", LEAKS, by_leak),
+                     (f"offset, spread {s.narrow:g}", OFFSETS, by_offset_narrow)))
+    results = {"settings": asdict(s), "offsets": OFFSETS.tolist(), "leaks": LEAKS.tolist()}
+    for name, sweep_of in (("by_offset", by_offset), ("by_leak", by_leak),
+                           ("by_offset_narrow", by_offset_narrow)):
+        results[name] = {reward: {"exact": of["exact"].tolist(), **{  # [means, 95% half widths]
+            key: [x.tolist() for x in mean_and_interval(of[key])] for key in ("golden", "mark")}}
+            for reward, of in sweep_of.items()}
+    path = Path(s.out) / "heterogeneity.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_name("results.json").write_text(json.dumps(results, indent=1) + "\n")
+    draw(path, s, by_offset, by_leak, by_offset_narrow)
+    print(f"\n± is a 95% interval over {s.seeds} runs\nwritten: {path}, results.json")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)  # the matrices are small: two threads wait more than they work
+    run_script(main)
