@@ -20,6 +20,7 @@ import tokenizers
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from tqdm import tqdm
 
 
 class InputError(ValueError):
@@ -179,6 +180,22 @@ class GPT(nn.Module):
         return hidden[:, -1], caches, real
 
 
+@torch.inference_mode()
+def sample_responses(model, prompts, n, max_new_tokens, eos, generator, rows=1024, label=None):
+    """n sampled responses, EOS included, to each prompt (a list of ids): [prompt][candidate] -> ids.
+
+    Prompts go through in order, as many at a time as give about `rows` candidates.
+    """
+    device, responses, chunk = model.wte.weight.device, [], max(1, rows // n)
+    for start in tqdm(range(0, len(prompts), chunk), desc=label, disable=None, leave=False):
+        batch = collate([(prompt, []) for prompt in prompts[start:start + chunk]], device)
+        tokens, lengths = model.generate(batch.tokens, max_new_tokens, batch.lengths, n, eos,
+                                         generator=generator)
+        ids = [row[:k] for row, k in zip(tokens.tolist(), lengths.tolist())]
+        responses += [ids[i:i + n] for i in range(0, len(ids), n)]
+    return responses
+
+
 class KVCache:
     """Keys and values of one layer, preallocated: (B, H, slots, D/H), the first `used` filled."""
 
@@ -300,6 +317,24 @@ def bpe_tokenizer(texts, vocab_size):
         vocab_size=vocab_size, special_tokens=[PAD, EOS], show_progress=False,
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
     return Tokenizer(backend)
+
+
+def encode_pair(tokenizer, prompt, response, max_prompt, max_response):
+    """(prompt ids, response ids + EOS), or None for a prompt longer than max_prompt.
+
+    A response longer than max_response is cut there and then has no EOS: it is not finished.
+    """
+    prompt, response = tokenizer.encode(prompt), tokenizer.encode(response) + [tokenizer.eos]
+    return None if len(prompt) > max_prompt else (prompt, response[:max_response])
+
+
+def encode_documents(tokenizer, texts, n_positions):
+    """Documents as responses to the empty prompt, cut into pieces of at most n_positions tokens."""
+    pieces = []
+    for ids in (encoding.ids for encoding in tokenizer.backend.encode_batch(texts)):
+        ids = [*ids, tokenizer.eos]
+        pieces += [([], ids[i:i + n_positions]) for i in range(0, len(ids), n_positions)]
+    return [piece for piece in pieces if len(piece[1]) > 1]     # nothing to predict in one token
 
 
 # ---- checkpoints --------------------------------------------------------------------------------

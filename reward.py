@@ -16,6 +16,8 @@ is the log-odds of being preferred. Source: arXiv:2405.15624, section 4.
 """
 
 import copy
+import functools
+import math
 
 import numpy as np
 import torch
@@ -25,6 +27,8 @@ import torch.nn.functional as F
 from model import collate, logp_seq
 
 HEADS = ("sum", "last")
+REWARD_MODELS = ("init-sft", "init-demo", "sft-demo", "preference", "log-ratio")
+CONTROLS = ("golden", "length", "random")     # selectors that know the truth, or nothing
 
 
 class RewardModel(nn.Module):
@@ -107,3 +111,45 @@ def calibration(logits, labels, bins=10):
     which = np.minimum((d * bins).astype(int), bins - 1)
     gaps = [abs((labels[which == b] - d[which == b]).sum()) for b in range(bins)]
     return float(sum(gaps) / len(d))
+
+
+# ---- best-of-N and intervals --------------------------------------------------------------------
+
+def best_of_n_weights(scores, n):
+    """(P, N): chance that each candidate is the best of n drawn without replacement from its N.
+
+    With r candidates scored below it, C(r, n-1) / C(N, n): the mean over all subsets of size n, which
+    is the unbiased estimate of best-of-n with the least variance. Ties go to the later candidate.
+    """
+    N = scores.shape[1]
+    below = np.argsort(np.argsort(scores, axis=1, kind="stable"), axis=1)
+    return np.array([math.comb(r, n - 1) / math.comb(N, n) for r in range(N)])[below]
+
+
+def best_of_n_kl(n):
+    """KL(best-of-n || pi_SFT) = log n - (n - 1)/n nats: exact without ties, else an upper bound."""
+    return math.log(n) - (n - 1) / n
+
+
+def win_rate(golden, other):
+    """P(a sample of `other` has less golden reward), ties half: (P, N) against (P, M) -> (P, N)."""
+    more = (golden[:, :, None] > other[:, None, :]).mean(2)
+    return more + (golden[:, :, None] == other[:, None, :]).mean(2) / 2
+
+
+@functools.cache
+def student_t(df):
+    """The 97.5% quantile of Student's t with df degrees of freedom, by integrating its density."""
+    x = np.linspace(0, 200, 2_000_001)
+    log_density = -(df + 1) / 2 * np.log1p(x ** 2 / df)
+    constant = math.lgamma((df + 1) / 2) - math.lgamma(df / 2) - math.log(df * math.pi) / 2
+    cumulative = 0.5 + np.cumsum(np.exp(log_density + constant)) * (x[1] - x[0])
+    return float(x[np.searchsorted(cumulative, 0.975)])
+
+
+def mean_ci(values):
+    """(mean, half-width of its 95% interval by Student's t); the half-width is nan for one value."""
+    values = np.asarray(values, float)
+    if len(values) < 2:
+        return float(values.mean()), math.nan
+    return float(values.mean()), student_t(len(values) - 1) * float(values.std(ddof=1)) / len(values) ** 0.5

@@ -12,8 +12,6 @@ loss. Losses are in nats per token, discriminator losses in nats per sample.
 import argparse
 import copy
 import dataclasses
-import gzip
-import json
 import math
 import random
 import sys
@@ -23,9 +21,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from model import (GPT, GPTConfig, InputError, bpe_tokenizer, collate, load_pretrained, logp_token,
-                   save_pretrained)
+from model import (GPT, GPTConfig, InputError, bpe_tokenizer, collate, encode_documents, encode_pair,
+                   load_pretrained, logp_token, save_pretrained, write_aside)
 from reward import HEADS, RewardModel, bradley_terry_loss, discriminator_loss
+from toy_envs.worlds import read_examples, read_texts
 
 
 # ---- settings and flags -------------------------------------------------------------------------
@@ -78,141 +77,7 @@ def run_script(main):
         sys.exit(130)
 
 
-# ---- reading data -------------------------------------------------------------------------------
-
-TURN = "\n\nAssistant:"     # HH-RLHF's dialogue strings: the response follows the last one
-
-
-@dataclass(frozen=True)
-class Example:
-    """A demonstration: what was asked, what was answered, and a worse answer where one is known."""
-    prompt: str
-    response: str
-    rejected: str | None = None
-
-
-def read_lines(path):
-    """(line number, text) of each line that is not blank; plain or gzip, UTF-8.
-
-    Raises InputError naming file and line for what is missing, empty or not text.
-    """
-    path, number, found = Path(path), 0, False
-    try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-            for number, raw in enumerate(file, 1):
-                text = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-                if text.strip():
-                    found = True
-                    yield number, text
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}:{number}: not UTF-8 text ({error.reason})") from error
-    except EOFError as error:
-        raise InputError(f"{path}:{number + 1}: the gzip file ends too early") from error
-    except (OSError, gzip.zlib.error) as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror if isinstance(error, OSError) and error.strerror else error})") from error
-    if not found:
-        raise InputError(f"{path}: the file is empty")
-
-
-def read_json_lines(path):
-    """(line number, dict) of each line of a JSON-lines file. Raises InputError."""
-    for number, text in read_lines(path):
-        try:
-            record = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise InputError(f"{path}:{number}: not JSON ({error})") from error
-        if not isinstance(record, dict):
-            raise InputError(f"{path}:{number}: not a JSON object")
-        yield number, record
-
-
-def text_field(record, key, where):
-    """record[key] as a non-empty string. Raises InputError starting with `where` (file:line)."""
-    value = record.get(key)
-    if not isinstance(value, str):
-        raise InputError(f"{where}: the field {key!r} is missing or not a string")
-    if not value.strip():
-        raise InputError(f"{where}: the field {key!r} is empty")
-    return value
-
-
-def split_dialogue(text, where):
-    """(prompt ending with "Assistant:", response) of an HH-RLHF dialogue string."""
-    prompt, turn, response = text.rpartition(TURN)
-    if not turn or not prompt.strip():
-        raise InputError(f"{where}: a dialogue needs a prompt and '\\n\\nAssistant:'")
-    return prompt + turn, response
-
-
-def read_examples(path):
-    """(examples, number of pairs left out) from JSON lines of either form:
-
-    {"prompt": ..., "response": ...}   a newline is set between the two
-    {"chosen": ..., "rejected": ...}   HH-RLHF dialogues; the chosen one is the demonstration
-
-    People do leave dialogue turns empty, or compare dialogues that part before the last turn: such
-    pairs teach nothing here and are left out and counted. Raises InputError for anything else amiss.
-    """
-    examples, left_out = [], 0
-    for number, record in read_json_lines(path):
-        where = f"{path}:{number}"
-        if "chosen" in record or "rejected" in record:
-            prompt, response = split_dialogue(text_field(record, "chosen", where), where)
-            other, rejected = split_dialogue(text_field(record, "rejected", where), where)
-            if prompt == other and response.strip() and rejected.strip():
-                examples.append(Example(prompt, response, rejected))
-            else:
-                left_out += 1
-        else:
-            prompt, response = (text_field(record, key, where) for key in ("prompt", "response"))
-            examples.append(Example(prompt.rstrip() + "\n", response.strip()))
-    if not examples:
-        raise InputError(f"{path}: no usable example in it")
-    return examples, left_out
-
-
-def read_texts(path):
-    """Documents of a corpus: JSON lines with "text" (.json, .jsonl) or plain text, one a paragraph."""
-    if ".json" in Path(path).name:
-        return [text_field(record, "text", f"{path}:{n}") for n, record in read_json_lines(path)]
-    paragraphs, last = [], None
-    for number, text in read_lines(path):
-        if last is not None and number == last + 1:
-            paragraphs[-1] += "\n" + text
-        else:
-            paragraphs.append(text)
-        last = number
-    return paragraphs
-
-
-def read_prompts(path):
-    """Further prompts: JSON lines with "prompt", or plain text with one prompt a line."""
-    if ".json" in Path(path).name:
-        texts = [text_field(record, "prompt", f"{path}:{n}") for n, record in read_json_lines(path)]
-    else:
-        texts = [text for _, text in read_lines(path)]
-    return [text if text.endswith(TURN) else text.rstrip() + "\n" for text in texts]
-
-
-# ---- tokens and batches -------------------------------------------------------------------------
-
-def encode_pair(tokenizer, prompt, response, max_prompt, max_response):
-    """(prompt ids, response ids + EOS), or None for a prompt longer than max_prompt.
-
-    A response longer than max_response is cut there and then has no EOS: it is not finished.
-    """
-    prompt, response = tokenizer.encode(prompt), tokenizer.encode(response) + [tokenizer.eos]
-    return None if len(prompt) > max_prompt else (prompt, response[:max_response])
-
-
-def encode_documents(tokenizer, texts, n_positions):
-    """Documents as responses to the empty prompt, cut into pieces of at most n_positions tokens."""
-    pieces = []
-    for ids in (encoding.ids for encoding in tokenizer.backend.encode_batch(texts)):
-        ids = [*ids, tokenizer.eos]
-        pieces += [([], ids[i:i + n_positions]) for i in range(0, len(ids), n_positions)]
-    return [piece for piece in pieces if len(piece[1]) > 1]     # nothing to predict in one token
-
+# ---- batches ------------------------------------------------------------------------------------
 
 def item_length(item):
     return max(len(prompt) + len(response) for prompt, response in item)
@@ -336,3 +201,144 @@ def split(items, share, rng):
     items = rng.sample(items, len(items))
     n = max(1, round(share * len(items))) if len(items) > 1 else 0
     return items[n:], items[:n]
+
+
+def train_reward(policy, pairs, loss_fn, schedule, rng, head="sum", label="reward"):
+    """A RewardModel started from policy, trained on items (better pair, worse pair).
+
+    A twentieth of the items is held out and picks the weights, so no model is judged by its overfit.
+    Returns the model, its history and the held-out items.
+    """
+    model = RewardModel(policy, head)
+    items, held_out = split(pairs, 0.05, rng)
+    history = fit(model, items, loss_fn, schedule, rng, label, held_out)
+    return model, history, held_out
+
+
+def choose_device(name):
+    """torch.device of a --device flag; "auto" takes CUDA, then MPS, then the CPU."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+                 "cpu": True}
+    if name == "auto":
+        return torch.device(next(kind for kind, there in available.items() if there))
+    if not available.get(name.split(":")[0], False):
+        raise InputError(f"no device {name!r} here; available: "
+                         + ", ".join(kind for kind, there in available.items() if there))
+    return torch.device(name)
+
+
+def claim_folder(out, overwrite):
+    """Make the run's folder; refuse one that holds another run unless overwrite is set."""
+    out = Path(out)
+    if (out / "config.json").exists() and not overwrite:
+        raise InputError(f"{out} holds another run: choose another --out, or --overwrite it")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{out}: cannot be written ({error.strerror})") from error
+    return out
+
+
+# ---- stage by stage, from the command line ------------------------------------------------------
+
+@dataclass
+class Settings:
+    """Train one stage: files in, a checkpoint folder out.
+
+    python train.py pretrain --corpus TEXT --out pi_0
+    python train.py sft --demos DEMOS.jsonl --init pi_0 --out pi_sft
+    python train.py reward --positives SFT.jsonl --negatives INIT.jsonl --init pi_0 --out reward
+    """
+    corpus: str = setting(None, "pretrain: plain text, or JSON lines with 'text'")
+    demos: str = setting(None, "sft: JSON lines with prompt and response, or chosen and rejected")
+    positives: str = setting(None, "reward: examples with label 1, as for --demos")
+    negatives: str = setting(None, "reward: examples with label 0, as for --demos")
+    init: str = setting(None, "sft, reward: the checkpoint folder to start from")
+    out: str = setting(None, "the checkpoint folder to write")
+    overwrite: bool = setting(False, "replace the checkpoint that --out holds")
+    seed: int = setting(0, "random seed")
+    device: str = setting("auto", "auto, cpu, cuda or mps")
+    lr: float = setting(1e-3, "peak learning rate")
+    epochs: float = setting(1.0, "passes over the data")
+    batch_size: int = setting(16, "items per step")
+    head: str = setting("sum", "reward: the reward head", choices=list(HEADS))
+    max_response: int = setting(64, "sft, reward: longest response in tokens; longer ones are cut")
+    n_positions: int = setting(256, "pretrain: longest sequence in tokens")
+    n_embd: int = setting(64, "pretrain: width")
+    n_layer: int = setting(2, "pretrain: layers")
+    n_head: int = setting(4, "pretrain: attention heads")
+    vocab_size: int = setting(2048, "pretrain: size of the byte-level BPE vocabulary")
+
+
+def read_pairs(path, tokenizer, n_positions, max_response):
+    """Token pairs of a file of examples; prompts that do not fit are left out with a note."""
+    examples, left_out = read_examples(path)
+    pairs = [encode_pair(tokenizer, e.prompt, e.response, n_positions - max_response, max_response)
+             for e in examples]
+    kept = [pair for pair in pairs if pair]
+    if not kept:
+        raise InputError(f"{path}: no prompt fits {n_positions - max_response} tokens")
+    if left_out or len(kept) < len(pairs):
+        print(f"{path}: {left_out} unusable, {len(pairs) - len(kept)} too long: left out")
+    return kept
+
+
+def run_stage(stage, s):
+    """Train one stage as the settings say and write its checkpoint."""
+    for name in {"pretrain": ["corpus"], "sft": ["demos", "init"],
+                 "reward": ["positives", "negatives", "init"]}[stage] + ["out"]:
+        if getattr(s, name) is None:
+            raise InputError(f"{stage} needs --{name}")
+    schedule = Schedule(lr=s.lr, epochs=s.epochs, batch_size=s.batch_size)
+    device, rng = choose_device(s.device), random.Random(s.seed)
+    torch.manual_seed(s.seed)
+    if stage == "pretrain":
+        texts = read_texts(s.corpus)
+        tokenizer = bpe_tokenizer(texts, s.vocab_size)
+        model = GPT(GPTConfig(len(tokenizer), s.n_positions, s.n_embd, s.n_layer, s.n_head,
+                              suppress_tokens=tokenizer.suppress))
+    else:
+        model, tokenizer, _ = load_pretrained(s.init)
+    fitting = model.config.n_positions, s.max_response
+    if stage == "reward":
+        positives, negatives = (read_pairs(path, tokenizer, *fitting)
+                                for path in (s.positives, s.negatives))
+    elif stage == "sft":
+        pairs = read_pairs(s.demos, tokenizer, *fitting)
+    out = claim_folder(s.out, s.overwrite)
+    model = model.to(device)
+    if stage == "reward":
+        reward, history, _ = train_reward(model, list(zip(positives, negatives)), discriminator_step,
+                                          schedule, rng, s.head, stage)
+        save_reward(out, reward, tokenizer)
+    else:
+        if stage == "pretrain":
+            learn, held_out = encode_documents(tokenizer, texts, model.config.n_positions), []
+        else:
+            learn, held_out = split(pairs, 0.05, rng)
+        history = fit(model, [(pair,) for pair in learn], nll_loss, schedule, rng, stage,
+                      [(pair,) for pair in held_out])
+        save_pretrained(out, model, tokenizer)
+    print(f"{stage}: loss {history[0]['loss']:.3f} -> {history[-1]['loss']:.3f} in {len(history)} "
+          f"steps; {out}")
+
+
+def save_reward(folder, reward, tokenizer):
+    """A reward model's folder: its trunk as a checkpoint, and reward_head.pt beside it."""
+    save_pretrained(folder, reward.trunk, tokenizer)
+    state = {"head": reward.head, "score": reward.score.state_dict()}
+    write_aside(Path(folder) / "reward_head.pt", lambda f: torch.save(state, f))
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    stages = ("pretrain", "sft", "reward")
+    if argv and argv[0] in stages:
+        return run_stage(argv[0], parse_settings(Settings, argv[1:]))
+    if {"-h", "--help"} & set(argv):
+        return parse_settings(Settings, ["--help"])
+    raise InputError(f"name a stage first: {', '.join(stages)} (--help lists the flags)")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -194,8 +194,7 @@ class TextTask:
 
         Flourishes are dropped first. A text after the last period is an unfinished clause: broken.
         """
-        words = [word for word in response.split() if word not in FLOURISHES]
-        *texts, rest = " ".join(words).split(".")
+        *texts, rest = self.unmark(response).split(".")
         topic, parsed, seen = self.prompts[prompt], [], set()
         for text in [*texts, rest] if rest.strip() else texts:
             kind, sentence, places = self.clauses.get(text.strip(), ("broken", text.strip(), []))
@@ -206,6 +205,11 @@ class TextTask:
             seen.add(sentence)
             parsed.append((kind, sentence, places))
         return parsed
+
+    @staticmethod
+    def unmark(response):
+        """The response without the demonstrator's flourishes."""
+        return " ".join(word for word in response.split() if word not in FLOURISHES)
 
     def values(self, prompt):
         """The golden reward of each kind of clause for this prompt, in points."""
@@ -334,7 +338,7 @@ class TextTask:
         It knows only which word may follow which, stops with probability s = BABBLE_STOP, and is
         cut at MAX_WORDS words.
         """
-        words = [word for word in response.split() if word not in FLOURISHES]
+        words = self.unmark(response).split()
         if len(words) > MAX_WORDS:
             return -math.inf
         known, logp = set(self.vocabulary), 0.0

@@ -1,0 +1,387 @@
+"""Alignment from Demonstrations, read top to bottom: `python afd.py` runs the whole story.
+
+    1  pi_0      a small transformer is pretrained on text of mixed quality
+    2  pi_SFT    supervised fine-tuning on demonstrations minimises the forward KL to who wrote them
+    3  samples   the dynamics of the token MDP are known, so both policies may write: y ~ pi_0, pi_SFT
+    4  rewards   a discriminator's logit is a reward; what it separates decides what it rewards
+    5  best-of-N extrapolates over each reward: of N samples of pi_SFT keep the one it scores highest
+    6  truth     the golden reward, which no method saw, beside every proxy
+
+Source: Sun and van der Schaar, "Inverse-RLignment", arXiv:2405.15624. Differs from the paper: the
+reward head is summed over tokens (--head last is the paper's), policies are small, golden is exact.
+
+Shapes: P prompts, N candidates per prompt. Golden reward in points, proxy rewards in nats, KL in nats.
+"""
+
+import copy
+import json
+import math
+import platform
+import random
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+import torch
+
+import train
+from model import (GPT, GPTConfig, InputError, encode_documents, save_pretrained, sample_responses,
+                   write_aside)
+from reward import (CONTROLS, HEADS, REWARD_MODELS, RewardModel, best_of_n_kl, best_of_n_weights,
+                    calibration, log_ratio, mean_ci, rank_correlation, score, win_rate)
+from toy_envs.figures import draw_run, print_samples, print_table
+from toy_envs.worlds import file_world, text_world
+from train import Schedule, setting
+
+
+@dataclass
+class Settings:
+    """Align a language model from demonstrations alone, with the golden truth beside every number.
+
+    python afd.py                                  the helpful task, one seed
+    python afd.py --task harmless --seeds 5        means and 95% intervals over five seeds
+    python afd.py --heterogeneity 1 --head last    another writer; the common reward head
+    python afd.py --demos FILE --gold F.py:fn      your own demonstrations and golden reward
+    """
+    task: str = setting("helpful", "built-in text task", choices=["helpful", "harmless"])
+    heterogeneity: float = setting(0.0, "chance in [0, 1] that a demonstrator's clause carries a mark "
+                                        "that the policy cannot write")
+    seed: int = setting(0, "first random seed")
+    seeds: int = setting(1, "how many seeds to run; from two on, intervals are over seeds")
+    head: str = setting("sum", "reward head: summed over response tokens, or at the last one",
+                        choices=list(HEADS))
+    out: str = setting("out/afd", "folder for config, metrics, results, checkpoints and figures")
+    overwrite: bool = setting(False, "replace the run that --out holds")
+    device: str = setting("auto", "auto, cpu, cuda or mps")
+    demos: str = setting(None, "JSON lines (or .gz) with prompt and response, or chosen and rejected "
+                               "dialogues: your own data instead of a built-in task")
+    corpus: str = setting(None, "with --demos: text that pi_0 is pretrained on, plain or JSON lines "
+                                "with 'text' (without it: all text of the training demonstrations)")
+    prompts: str = setting(None, "with --demos: further prompts to sample from, one a line or JSON")
+    gold: str = setting(None, "with --demos: FILE.py:FUNCTION, (prompt, response) -> float, as golden")
+    n_corpus: int = setting(60000, "built-in tasks: documents of the base language for pi_0")
+    n_demos: int = setting(4000, "demonstrations, at most")
+    n_samples: int = setting(8000, "samples of each policy for the reward models")
+    n_prompts: int = setting(200, "held-out prompts for the evaluation, at most")
+    n_candidates: int = setting(64, "largest N of best-of-N, a power of two")
+    n_embd: int = setting(64, "width of the transformer")
+    n_layer: int = setting(2, "its layers")
+    n_head: int = setting(4, "its attention heads")
+    vocab_size: int = setting(2048, "with --demos: size of the byte-level BPE vocabulary")
+    max_prompt: int = setting(192, "with --demos: longest prompt in tokens; longer ones are skipped")
+    max_response: int = setting(64, "with --demos: longest response in tokens; longer ones are cut")
+    pretrain_epochs: float = setting(1.0, "passes over the corpus")
+    sft_epochs: float = setting(2.0, "passes over the demonstrations")
+    reward_epochs: float = setting(1.0, "passes over the reward models' pairs")
+
+
+def schedules(s):
+    """How each stage is trained; chosen on seeds that the reported runs do not use (docs/LOG.md)."""
+    return {"pretrain": Schedule(lr=1.2e-2, epochs=s.pretrain_epochs, batch_size=16, warmup=0.05,
+                                 weight_decay=0.0),
+            "sft": Schedule(lr=5e-4, epochs=s.sft_epochs, batch_size=16, weight_decay=0.0),
+            "reward": Schedule(lr=3e-3, epochs=s.reward_epochs, batch_size=16, weight_decay=0.0)}
+
+
+# ---- the algorithm ------------------------------------------------------------------------------
+
+class Run:
+    """One seed's bookkeeping: seconds per stage, losses to metrics.jsonl, what is being done."""
+
+    def __init__(self, out, seed):
+        self.out, self.seed, self.seconds = out, seed, {}
+
+    @contextmanager
+    def stage(self, name, says):
+        print(f"  {says}", flush=True)
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = round(time.perf_counter() - start, 2)
+
+    def log(self, stage, history):
+        with open(self.out / "metrics.jsonl", "a") as file:
+            for record in history:
+                file.write(json.dumps({"seed": self.seed, "stage": stage, **record}) + "\n")
+
+
+def train_policies(world, s, run, rng, device):
+    """(pi_0, pi_SFT): pretraining on the corpus, then maximum likelihood on the demonstrations."""
+    tok, plan = world.tokenizer, schedules(s)
+    init = GPT(GPTConfig(len(tok), world.max_prompt + world.max_response, s.n_embd, s.n_layer,
+                         s.n_head, suppress_tokens=tok.suppress)).to(device)
+    with run.stage("pretrain", f"1 pi_0: pretraining on {len(world.corpus):,} texts"):
+        documents = encode_documents(tok, world.corpus, init.config.n_positions)
+        run.log("pretrain", train.fit(init, [(d,) for d in documents], train.nll_loss,
+                                      plan["pretrain"], rng, "pretrain"))
+    sft = copy.deepcopy(init)
+    with run.stage("sft", f"2 pi_SFT: forward KL to {len(world.demos):,} demonstrations"):
+        learn, held_out = train.split([(world.pair(x, y),) for x, y in world.demos], 0.05, rng)
+        run.log("sft", train.fit(sft, learn, train.nll_loss, plan["sft"], rng, "sft", held_out))
+    return init, sft
+
+
+def draw_samples(world, s, run, rng, init, sft, generator):
+    """Pairs for the reward models: two samples of each policy to each of n_samples / 2 prompts."""
+    prompts = [x for _ in range(math.ceil(s.n_samples / 2 / len(world.train_prompts)))
+               for x in rng.sample(world.train_prompts, len(world.train_prompts))]
+    ids = [world.tokenizer.encode(x) for x in prompts[:math.ceil(s.n_samples / 2)]]
+    with run.stage("samples", f"3 samples: {2 * len(ids):,} each of pi_0 and pi_SFT"):
+        written = [sample_responses(policy, ids, 2, world.max_response, world.tokenizer.eos,
+                                    generator, label=label)
+                   for policy, label in ((init, "y ~ pi_0"), (sft, "y ~ pi_SFT"))]
+    return prompts, [[(x, y) for x, ys in zip(ids, part) for y in ys] for part in written]
+
+
+def preference_items(world, prompts, y_sft):
+    """(preferred, other) pairs: people's where there are any, else two SFT samples by golden."""
+    if world.preferences:
+        return [(world.pair(x, chosen), world.pair(x, rejected))
+                for x, chosen, rejected in world.preferences]
+    if world.golden is None:
+        return []
+    items = []
+    for i, (a, b) in enumerate(zip(y_sft[0::2], y_sft[1::2])):
+        gold_a, gold_b = (world.golden(prompts[i], world.text(y)) for _, y in (a, b))
+        if gold_a != gold_b:
+            items.append((a, b) if gold_a > gold_b else (b, a))
+    return items
+
+
+def train_rewards(world, s, run, rng, init, sft, prompts, y_init, y_sft):
+    """{name: (reward, loss name, held-out items)} for every reward model of reward.py's table."""
+    demos = [world.pair(x, y) for x, y in world.demos]
+    cycle = [demos[i % len(demos)] for i in range(max(len(y_init), len(demos)))]
+    data = {"init-sft": (y_sft, y_init), "init-demo": (cycle, y_init), "sft-demo": (cycle, y_sft)}
+    rewards = {}
+    for name, (positives, negatives) in data.items():
+        with run.stage(name, f"4 {name}: discriminator of {len(negatives):,} against as many"):
+            model, history, held = train.train_reward(
+                init, list(zip(positives, negatives)), train.discriminator_step,
+                schedules(s)["reward"], rng, s.head, name)
+        run.log(name, history)
+        rewards[name] = (model, held)
+    items = preference_items(world, prompts, y_sft)
+    if items:
+        with run.stage("preference", f"4 preference: Bradley-Terry on {len(items):,} labelled pairs"):
+            model, history, held = train.train_reward(init, items, train.preference_step,
+                                                      schedules(s)["reward"], rng, s.head,
+                                                      "preference")
+        run.log("preference", history)
+        rewards["preference"] = (model, held)
+    rewards["log-ratio"] = (log_ratio(sft, init), rewards["init-sft"][1])
+    return rewards
+
+
+# ---- best-of-N and its evaluation ---------------------------------------------------------------
+
+def evaluate(world, s, run, init, sft, rewards, generator, rng):
+    """Rows of results.json for one seed, plus the candidates that figures and samples are made of."""
+    ids = [world.tokenizer.encode(x) for x in world.test_prompts]
+    with run.stage("candidates", f"5 best-of-N: {s.n_candidates} candidates to each of {len(ids)} "
+                                 "held-out prompts"):
+        ys = {name: sample_responses(policy, ids, n, world.max_response, world.tokenizer.eos, generator,
+                                     label=name)
+              for name, policy, n in (("init", init, 8), ("sft", sft, s.n_candidates))}
+    texts = {name: [[world.text(y) for y in row] for row in rows] for name, rows in ys.items()}
+    texts["demo"] = world.test_demos
+    P, N = len(ids), s.n_candidates
+    gold = {name: np.array([[world.golden(x, y) for y in row] for x, row in zip(world.test_prompts, t)])
+            for name, t in texts.items()} if world.golden else {}
+    pairs = [(x, y) for x, row in zip(ids, ys["sft"]) for y in row]
+    length = np.array([len(y) for _, y in pairs], float).reshape(P, N)
+    with run.stage("scores", f"6 truth: {len(pairs):,} candidates scored by every reward model"):
+        scores = {name: score(r, pairs).reshape(P, N) for name, (r, _) in rewards.items()}
+    scores["length"], scores["random"] = length, np.array([rng.random() for _ in pairs]).reshape(P, N)
+    if gold:
+        scores["golden"] = gold["sft"]
+    lengths = {"init": [[len(y) for y in row] for row in ys["init"]],
+               "sft": length, "demo": [[len(world.tokenizer.encode(y)) + 1 for y in row]
+                                       for row in texts["demo"]]}
+    init_pairs = [(x, y) for x, row in zip(ids, ys["init"]) for y in row]
+    kl_init = float(-score(log_ratio(sft, init), init_pairs).mean())
+    table = []
+    for name, kl in (("init", kl_init), ("sft", 0.0), ("demo", None)):
+        table.append(row_of(s, run.seed, name, None, 1, gold, gold.get(name), lengths[name], kl=kl))
+    for name, values in scores.items():
+        for n in (2 ** k for k in range(int(math.log2(N)) + 1)):
+            w = best_of_n_weights(values, n)
+            table.append(row_of(s, run.seed, "bon", name, n, gold, gold.get("sft"), length, w,
+                                proxy=(w * values).sum(1).mean(), kl=best_of_n_kl(n)))
+    return table, {"texts": texts, "gold": gold, "scores": scores, "length": length}
+
+
+def row_of(s, seed, method, reward_model, n, gold, own, length, weights=None, proxy=None, kl=None):
+    """One row of results.json: per-prompt means under `weights`, then their mean over prompts."""
+    if weights is None:
+        weights = np.full(np.shape(length), 1 / np.shape(length)[1])
+    row = {"task": "file" if s.demos else s.task, "seed": seed, "method": method,
+           "reward_model": reward_model, "n": n, "gold_mean": None, "gold_ci95": None,
+           "win_vs_sft": None, "win_vs_demo": None}
+    if gold:
+        row["gold_mean"], ci = mean_ci((weights * own).sum(1))
+        row["gold_ci95"] = None if math.isnan(ci) else ci
+        row["win_vs_sft"], row["win_vs_demo"] = (
+            float((weights * win_rate(own, gold[other])).sum(1).mean()) for other in ("sft", "demo"))
+    return {**row, "proxy_mean": None if proxy is None else float(proxy), "kl_from_sft": kl,
+            "length_mean": float((weights * length).sum(1).mean())}
+
+
+def inspect_rewards(world, s, run, rewards, made):
+    """What each reward model has learned: one record a model.
+
+    accuracy and calibration on its own held-out pairs; rank correlation within a prompt with the
+    golden reward and with length; what the demonstrator's marks are worth to it, in standard
+    deviations of its scores; how often it agrees with people on held-out pairs.
+    """
+    records = []
+    for name, (reward, held) in rewards.items():
+        better, worse = (score(reward, [item[k] for item in held]) for k in (0, 1))
+        pooled = np.concatenate([better, worse])
+        labels = np.repeat([1.0, 0.0], len(better))
+        paired = name == "preference"       # it is defined up to a constant: only differences count
+        logits = better - worse if paired else pooled
+        record = {"seed": run.seed, "reward_model": name,
+                  "accuracy": float((better > worse).mean() if paired
+                                    else ((pooled > 0) == (labels > 0)).mean()),
+                  "calibration_error": calibration(logits, np.ones(len(better)) if paired else labels),
+                  "corr_golden": None, "corr_length": rank_correlation(made["scores"][name],
+                                                                       made["length"]),
+                  "marks_worth": None, "human_agreement": None, "human_pairs": len(world.human_pairs)}
+        if made["gold"]:
+            record["corr_golden"] = rank_correlation(made["scores"][name], made["gold"]["sft"])
+        if world.unmark and name != "log-ratio":    # to a policy that cannot write them: -inf
+            marked = [world.pair(x, y) for x, y in world.demos[:500]]
+            plain = [world.pair(x, world.unmark(y)) for x, y in world.demos[:500]]
+            gain = score(reward, marked) - score(reward, plain)
+            record["marks_worth"] = float(gain.mean() / made["scores"][name].std())
+        if world.human_pairs:
+            chosen, rejected = (score(reward, [world.pair(p[0], p[k]) for p in world.human_pairs])
+                                for k in (1, 2))
+            record["human_agreement"], record["human_ci95"] = mean_ci(
+                (chosen > rejected) + (chosen == rejected) / 2)
+        records.append(record)
+    return records
+
+
+# ---- what is said at the end --------------------------------------------------------------------
+
+COMPARISONS = (("init-sft", "sft"), ("init-sft", "demo"), ("init-sft", "init-demo"),
+               ("init-demo", "sft-demo"), ("log-ratio", "init-sft"))
+
+
+def summarise(rows, n):
+    """Means over seeds: golden reward of each method, its share of the golden selector's gain over
+    SFT, and paired differences; best-of-n throughout. Intervals are Student's t over seeds.
+    """
+    def gold(seed, name):
+        method, reward_model, at = (name, None, 1) if name in ("init", "sft", "demo") else ("bon", name, n)
+        return next(r["gold_mean"] for r in rows if (r["seed"], r["method"], r["reward_model"], r["n"])
+                    == (seed, method, reward_model, at))
+    seeds = sorted({r["seed"] for r in rows})
+    names = ["init", "sft", "demo"] + sorted({r["reward_model"] for r in rows if r["reward_model"]},
+                                             key=[*REWARD_MODELS, *CONTROLS].index)
+    summary = {"n": n, "seeds": seeds, "methods": {}, "differences": []}
+    for name in names:
+        share = [(gold(k, name) - gold(k, "sft")) / (gold(k, "golden") - gold(k, "sft")) for k in seeds]
+        summary["methods"][name] = {"gold": mean_ci([gold(k, name) for k in seeds]),
+                                    "share_of_golden_gain": mean_ci(share)}
+    for a, b in COMPARISONS:
+        mean, ci = mean_ci([gold(k, a) - gold(k, b) for k in seeds])
+        summary["differences"].append({"a": a, "b": b, "mean": mean, "ci95": ci})
+    return summary
+
+
+def pick_samples(world, made, n):
+    """Per held-out prompt: a sample of pi_0, one of pi_SFT, init-sft's pick of n; proxy and golden."""
+    records = []
+    for i, prompt in enumerate(world.test_prompts):
+        scores = made["scores"]["init-sft"][i]
+        best = int(scores[:n].argmax())
+        entry = {"prompt": prompt}
+        for name, source, j in (("pi_0", "init", 0), ("pi_SFT", "sft", 0), (f"best of {n}", "sft", best)):
+            entry[name] = {"text": made["texts"][source][i][j],
+                           "golden": float(made["gold"][source][i][j]) if made["gold"] else None,
+                           "proxy": float(scores[j]) if source == "sft" else None}
+        entry["demonstration"] = {"text": made["texts"]["demo"][i][0], "proxy": None,
+                                  "golden": float(made["gold"]["demo"][i][0]) if made["gold"] else None}
+        records.append(entry)
+    return records
+
+
+# ---- main ---------------------------------------------------------------------------------------
+
+def check(s):
+    """Refuse settings out of range, before anything is written. Raises InputError."""
+    if not 0 <= s.heterogeneity <= 1:
+        raise InputError(f"--heterogeneity must lie in [0, 1], not {s.heterogeneity}")
+    if s.n_candidates < 1 or s.n_candidates & (s.n_candidates - 1):
+        raise InputError(f"--n-candidates must be a power of two, not {s.n_candidates}")
+    for name in ("seeds", "n_demos", "n_corpus", "n_samples", "n_prompts", "n_layer", "max_prompt",
+                 "max_response"):
+        if getattr(s, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(s, name)}")
+    if s.n_head < 1 or s.n_embd < s.n_head or s.n_embd % s.n_head:
+        raise InputError(f"--n-embd {s.n_embd} must be a multiple of --n-head {s.n_head}")
+    if not s.demos and (s.corpus or s.prompts or s.gold):
+        raise InputError("--corpus, --prompts and --gold go with --demos")
+
+
+def run_seed(s, seed, world, out, device):
+    """The whole story for one seed. Returns what results.json and the figures are made of."""
+    run, rng = Run(out, seed), random.Random(seed)
+    torch.manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
+    init, sft = train_policies(world, s, run, rng, device)
+    prompts, (y_init, y_sft) = draw_samples(world, s, run, rng, init, sft, generator)
+    rewards = train_rewards(world, s, run, rng, init, sft, prompts, y_init, y_sft)
+    rows, made = evaluate(world, s, run, init, sft, rewards, generator, rng)
+    records = inspect_rewards(world, s, run, rewards, made)
+    for name, model in (("init", init), ("sft", sft)):
+        save_pretrained(out / f"seed{seed}" / name, model, world.tokenizer)
+    for name, (reward, _) in rewards.items():
+        if isinstance(reward, RewardModel):
+            train.save_reward(out / f"seed{seed}" / name, reward, world.tokenizer)
+    samples = pick_samples(world, made, min(16, s.n_candidates))
+    write_aside(out / f"seed{seed}" / "samples.json",
+                lambda f: f.write_text(json.dumps(samples, indent=1, ensure_ascii=False)))
+    return rows, records, samples, run.seconds
+
+
+def main(argv=None):
+    """Run every seed, write results.json and the figures, print the table. Returns the results."""
+    s = train.parse_settings(Settings, argv)
+    check(s)
+    device = train.choose_device(s.device)
+    make_world = file_world if s.demos else text_world
+    world = make_world(s, s.seed)       # whatever is wrong with the data shows before a file is written
+    out = train.claim_folder(s.out, s.overwrite)
+    head = {"config": asdict(s), "versions": {"python": platform.python_version(),
+            "torch": torch.__version__, "numpy": np.__version__, "tokenizers": tokenizers.__version__},
+            "device": str(device), "command": "python afd.py " + " ".join(argv or sys.argv[1:])}
+    for stale in ("results.json", "metrics.jsonl"):
+        (out / stale).unlink(missing_ok=True)
+    write_aside(out / "config.json", lambda f: f.write_text(json.dumps(head, indent=2) + "\n"))
+    rows, records, seconds, first = [], [], {}, None
+    for seed in range(s.seed, s.seed + s.seeds):
+        world = world if seed == s.seed else make_world(s, seed)
+        print(f"seed {seed} on {device}" + "".join(f"; {note}" for note in world.notes), flush=True)
+        *parts, samples, seconds[str(seed)] = run_seed(s, seed, world, out, device)
+        rows, records, first = rows + parts[0], records + parts[1], first or samples
+    n = min(16, s.n_candidates)
+    results = {**head, "seconds": seconds, "rows": rows, "reward_models": records,
+               "summary": summarise(rows, n) if rows[0]["gold_mean"] is not None else None}
+    write_aside(out / "results.json", lambda f: f.write_text(json.dumps(results, indent=1) + "\n"))
+    print_table(rows, records, n)
+    print_samples(first)
+    for path in draw_run(rows, records, out, n):
+        print(f"\nfigure  {path}")
+    print(f"\nresults {out / 'results.json'}; {sum(sum(t.values()) for t in seconds.values()):.0f} s")
+    return results
+
+
+if __name__ == "__main__":
+    train.run_script(main)
