@@ -239,3 +239,100 @@ def describe(demo, logp, samples=1000):
     met = 1 - (samples * torch.log1p(-style.clamp(max=1 - 1e-12))).exp()
     return {"styles": style.tolist(), "precision": style.sum().item(),
             "recall": (demo.weights * met).sum().item(), "entropy": -kl(logp, 0 * logp).item()}
+
+
+# ---- from samples alone -------------------------------------------------------------------------
+
+def sample_demonstrations(demo, count, generator):
+    """Sequences (count, T) written by the demonstrator: a style each, then letter by letter."""
+    style = torch.multinomial(demo.weights, count, replacement=True, generator=generator)
+    step = demo.step[style].view(-1, demo.letters)                           # (count * T, A)
+    return torch.multinomial(step, 1, generator=generator).view(count, demo.length)
+
+
+def sample_policy(log_pi, count, length, memory, generator):
+    """Sequences (R, count, T) rolled out letter by letter from log_pi (R, C, A)."""
+    rows, _, letters = log_pi.shape
+    pi, context, first = log_pi.detach().exp(), torch.zeros(rows, count, dtype=torch.long), 0
+    letters_of = []
+    for t in range(length):
+        here = pi.gather(1, (first + context)[:, :, None].expand(-1, -1, letters))
+        letter = torch.multinomial(here.view(-1, letters), 1, generator=generator)
+        letters_of.append(letter.view(rows, count))
+        first += contexts_at(t, letters, memory)
+        context = (context * letters + letters_of[-1]) % contexts_at(t + 1, letters, memory)
+    return torch.stack(letters_of, dim=-1)
+
+
+def fit_sft(demos, letters, memory, steps=300, rate=0.1):
+    """SFT by gradient descent on the negative log-likelihood of demos (B, T): logits (1, C, A)."""
+    length = demos.shape[1]
+    contexts = sum(contexts_at(t, letters, memory) for t in range(length))
+    logits = torch.zeros(1, contexts, letters, requires_grad=True)
+    optimizer = torch.optim.Adam([logits], lr=rate)
+    for _ in range(steps):
+        loss = -policy_log_prob(logits.log_softmax(-1), demos[None], memory).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return logits.detach()
+
+
+def tabular_discriminator(rows, length, letters, generator):
+    """One logit per sequence: parameters and a function (R, B, T) sequences -> (R, B) logits."""
+    table = torch.zeros(rows, letters ** length, requires_grad=True)
+    return [table], lambda y: table.gather(1, sequence_index(y, letters).expand(rows, -1))
+
+
+def neural_discriminator(rows, length, letters, generator, width=64):
+    """A network of one hidden layer over the letters, one per row; as tabular_discriminator."""
+    def weights(*shape):
+        return (torch.randn(shape, generator=generator) / shape[-2] ** 0.5).requires_grad_()
+
+    first, second = weights(rows, length * letters, width), weights(rows, width, 1)
+    bias = torch.zeros(rows, 1, width, requires_grad=True)
+
+    def logits(y):
+        one_hot = torch.nn.functional.one_hot(y, letters).flatten(2).float().expand(rows, -1, -1)
+        return (torch.relu(one_hot @ first + bias) @ second).squeeze(-1)
+    return [first, bias, second], logits
+
+
+DISCRIMINATORS = {"tabular": (tabular_discriminator, 0.1), "neural": (neural_discriminator, 0.003)}
+
+
+def train_adversarially(demo, demos, logits, kind, config, generator, memory=0, watch=None):
+    """Imitate demos (B, T) under every divergence side by side, one row each, from one policy.
+
+    Each round: roll out every policy, two steps of its discriminator on fresh demonstrations and
+    those samples, one policy-gradient step on r(h). Both rates fall linearly to zero. watch(round,
+    log_pi) sees the policies before each round. Returns the last log pi (R, C, A).
+    """
+    make, rate = DISCRIMINATORS[kind]
+    logits = logits.repeat(len(DIVERGENCES), 1, 1).requires_grad_()
+    parameters, logit = make(len(DIVERGENCES), demo.length, demo.letters, generator)
+    judge = torch.optim.Adam(parameters, lr=rate)
+    writer = torch.optim.Adam([logits], lr=0.05)
+    fall = [torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, config.rounds)
+            for optimizer in (judge, writer)]
+    for step in tqdm(range(config.rounds), desc=kind, disable=None, leave=False):
+        if watch:
+            watch(step, logits.detach().log_softmax(-1))
+        log_pi = logits.log_softmax(-1)
+        own = sample_policy(log_pi, config.batch, demo.length, memory, generator)
+        for _ in range(2):
+            pick = torch.randint(len(demos), (config.batch,), generator=generator)
+            judge.zero_grad()
+            discriminator_loss(logit(demos[pick][None]), logit(own)).sum().backward()
+            judge.step()
+        with torch.no_grad():
+            h = logit(own)
+        logp = policy_log_prob(log_pi, own, memory)
+        gain = [policy_surrogate(d, h[i], logp[i], baseline=d.reward(h[i]).mean())
+                for i, d in enumerate(DIVERGENCES.values())]
+        writer.zero_grad()
+        (-torch.stack(gain).sum()).backward()
+        writer.step()
+        for schedule in fall:
+            schedule.step()
+    return logits.detach().log_softmax(-1)
