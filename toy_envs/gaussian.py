@@ -211,7 +211,7 @@ def distinct_optima(mean, std, value, gradient_norm, tolerance=0.02):
     return found
 
 
-def follow_reward(reward, x, log_beta, start, steps=200, rate=0.02):
+def follow_reward(reward, x, log_beta, start, steps=1000, rate=0.003):
     """KL(beta || pi), nats, along the exact policy gradient of reward(h) from (mean, log std).
 
     The track ends early where the Normal has become too narrow for the grid to resolve.
@@ -258,16 +258,19 @@ def draw(path, x, log_beta, fits, tracks):
     left.set(title="one Normal fitted to two modes, by the divergence minimised", xlabel="y",
              ylabel="density", xlim=(inside[0] - 1, inside[-1] + 1))
     left.legend(fontsize=8)
-    right.plot(tracks["e^h"], color=COLORS["forward_kl"], label="reward $e^h$ = f*(f'(u))")
-    right.plot(tracks["fairl"], color=COLORS["reverse_kl"], label="FAIRL's $-h\\,e^h$ = -f(u)")
-    right.plot(len(tracks["fairl"]) - 1, tracks["fairl"][-1], "x", color=COLORS["reverse_kl"])
+    for key, name, label in (("e^h", "forward_kl", "reward $e^h$ = f*(f'(u))"),
+                             ("fairl", "reverse_kl", "FAIRL's $-h\\,e^h$ = -f(u)")):
+        right.plot(range(1, len(tracks[key]) + 1), tracks[key], color=COLORS[name], label=label)
+        right.plot(len(tracks[key]), tracks[key][-1], "o", color=COLORS[name])
     right.set(title="the wrong reward moves away", xlabel="policy-gradient steps",
-              ylabel="KL(demonstrator || policy), nats", yscale="log")
+              ylabel="KL(demonstrator || policy), nats", yscale="log",
+              xscale="log")
     right.legend(fontsize=8)
     return save_figure(figure, path)
 
 
 def main(config):
+    torch.set_num_threads(1)        # the tensors are small: a second thread costs more than it gives
     check(config)
     x, log_beta = demonstrator(config)
     fits = fit_all(config, x, log_beta)

@@ -3,26 +3,27 @@
 The demonstrator mixes K styles, each a sharp pattern (aaaaaa, abcabc, ...) with rare slips of a
 letter. The learner's memory is limited: it sees the time step and the last `memory` letters. SFT
 (forward KL) then averages the styles letter by letter and mostly writes sequences that nobody
-wrote; reverse KL writes one style well. First each divergence is minimised exactly, then from
-samples alone: SFT by likelihood, the others by discriminator and policy gradient.
+wrote; reverse KL writes one style well. Here every divergence is minimised exactly; in
+token_samples.py the same learners see samples only.
 
     python -m toy_envs.token_mdp
 
 Shapes: K styles, T letters in a sequence, A letters in the alphabet, N = A^T sequences, C contexts
-(t, last min(t, memory) letters), R rows (starts or runs) side by side, B samples of one row. All
+(t, last min(t, memory) letters), R rows (starts or runs) side by side, B sequences of one row. All
 sequences are listed in dictionary order: the index of one is its letters read as a base-A number.
 Log-probabilities and KLs are in nats per sequence.
 """
 
+import itertools
 import json
-import math
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from divergences import DIVERGENCES, discriminator_loss, f_divergence, kl, policy_surrogate
+from divergences import DIVERGENCES, f_divergence, kl
 from model import InputError
 from toy_envs.figures import COLORS, pyplot, save_figure
 from toy_envs.gaussian import solve
@@ -35,16 +36,13 @@ MEMORIES = {0: "memoryless", 1: "one letter"}
 
 @dataclass
 class Settings:
-    """Minimise seven divergences over learners of limited memory, exactly and from samples."""
+    """Minimise seven divergences exactly, over learners of limited memory."""
     patterns: str = setting("aaaaaa,abcabc,dcdcdc", "the styles' patterns, of one length")
     weights: str = setting("0.5,0.3,0.2", "how often the demonstrator uses each style")
     slip: float = setting(0.02, "probability that a style writes another letter than its pattern's")
     letters: int = setting(4, "size of the alphabet")
-    starts: int = setting(12, "starting points of each exact solution")
-    demos: int = setting(20000, "demonstrations in the sampled versions")
-    rounds: int = setting(500, "rounds of discriminator and policy in adversarial training")
-    batch: int = setting(1024, "samples of each policy per round")
-    seed: int = setting(0, "seed of starts and samples")
+    starts: int = setting(5, "random starts of each exact solution, besides one per set of styles")
+    seed: int = setting(0, "seed of the random starts")
     out: str = setting("out/token_mdp", "folder for results.json and the figures")
 
 
@@ -85,6 +83,15 @@ def make_demonstrator(patterns, weights, slip, letters):
     chosen = torch.nn.functional.one_hot(index, letters).double()
     step = chosen * (1 - slip) + (1 - chosen) * slip / (letters - 1)
     return Demonstrator(index, torch.tensor(weights, dtype=torch.float64), step)
+
+
+def demonstrator_of(config):
+    """The demonstrator that the settings' comma-separated patterns and weights describe."""
+    try:
+        weights = [float(w) for w in config.weights.split(",")]
+    except ValueError:
+        raise InputError(f"--weights must be numbers with commas, got {config.weights}") from None
+    return make_demonstrator(config.patterns.split(","), weights, config.slip, config.letters)
 
 
 def check_enumerable(length, letters):
@@ -209,22 +216,49 @@ def policy_from_roots(z, letters):
     return square.log() - square.sum(-1, keepdim=True).log()
 
 
-def solve_exactly(demo, memory, divergence, starts, generator):
-    """Minimise D_f(beta || pi) over all policies of this memory, from random starts.
+def starting_points(demo, memory, count, generator):
+    """log pi (R, C, A): `count` random policies, and the SFT optimum of every set of styles.
 
-    Returns log pi (R, C, A), D_f (R,), and gradient norms (R,), with the best row first.
+    A mode-seeking optimum writes some of the styles; these starts look at each choice of them.
     """
     contexts = sum(contexts_at(t, demo.letters, memory) for t in range(demo.length))
-    shape = starts, contexts * demo.letters
-    z = -torch.rand(shape, generator=generator, dtype=torch.float64).log()
-    z = z.view(starts, contexts, -1)
-    z = (z / z.sum(-1, keepdim=True)).sqrt().view(shape)      # uniform on each context's simplex
+    noise = torch.rand(count, contexts, demo.letters, generator=generator, dtype=torch.float64)
+    starts = [noise.log().neg()]                        # normalised: uniform on each simplex
+    for size in range(1, len(demo.patterns) + 1):
+        for subset in itertools.combinations(range(len(demo.patterns)), size):
+            chosen = list(subset)
+            some = Demonstrator(demo.patterns[chosen],
+                                demo.weights[chosen] / demo.weights[chosen].sum(), demo.step[chosen])
+            starts.append(sft_optimum(some, memory)[None] + 1e-3)
+    pi = torch.cat(starts)
+    return (pi / pi.sum(-1, keepdim=True)).log()
+
+
+def solve_exactly(demo, memory, divergence, start):
+    """Minimise D_f(beta || pi) over all policies of this memory, from log pi (R, C, A) each.
+
+    Returns log pi (R, C, A), D_f (R,) and gradient norms (R,), the least D_f first. With full
+    memory nothing is left to solve: pi = beta, at which every divergence is zero.
+    """
     z, value, gradient_norm = solve(
         divergence, demonstrator_log_prob(demo),
         lambda z: sequence_log_prob(policy_from_roots(z, demo.letters), demo.length, memory),
-        z, deltas=(0.1, 0.01))
+        (start / 2).exp().flatten(1), deltas=(0.1, 0.01))
     order = value.argsort()
     return policy_from_roots(z, demo.letters)[order], value[order], gradient_norm[order]
+
+
+def style_names(demo):
+    return ["".join(LETTERS[i] for i in pattern) for pattern in demo.patterns]
+
+
+def styles_found(demo, log_pi, memory, share=0.1):
+    """{"1+3": starts, ...}: which styles, counted from 1, each start ends up writing: those whose
+    pattern gets at least `share` of its probability under the demonstrator. log_pi (R, C, A)."""
+    mass = policy_log_prob(log_pi, demo.patterns[None], memory).exp()        # (R, K)
+    in_beta = demonstrator_log_prob(demo)[sequence_index(demo.patterns, demo.letters)].exp()
+    return dict(Counter("+".join(str(k + 1) for k, yes in enumerate(row) if yes) or "none"
+                        for row in (mass >= share * in_beta).tolist()))
 
 
 def describe(demo, logp, samples=1000):
@@ -241,98 +275,164 @@ def describe(demo, logp, samples=1000):
             "recall": (demo.weights * met).sum().item(), "entropy": -kl(logp, 0 * logp).item()}
 
 
-# ---- from samples alone -------------------------------------------------------------------------
-
-def sample_demonstrations(demo, count, generator):
-    """Sequences (count, T) written by the demonstrator: a style each, then letter by letter."""
-    style = torch.multinomial(demo.weights, count, replacement=True, generator=generator)
-    step = demo.step[style].view(-1, demo.letters)                           # (count * T, A)
-    return torch.multinomial(step, 1, generator=generator).view(count, demo.length)
-
-
-def sample_policy(log_pi, count, length, memory, generator):
-    """Sequences (R, count, T) rolled out letter by letter from log_pi (R, C, A)."""
-    rows, _, letters = log_pi.shape
-    pi, context, first = log_pi.detach().exp(), torch.zeros(rows, count, dtype=torch.long), 0
-    letters_of = []
-    for t in range(length):
-        here = pi.gather(1, (first + context)[:, :, None].expand(-1, -1, letters))
-        letter = torch.multinomial(here.view(-1, letters), 1, generator=generator)
-        letters_of.append(letter.view(rows, count))
-        first += contexts_at(t, letters, memory)
-        context = (context * letters + letters_of[-1]) % contexts_at(t + 1, letters, memory)
-    return torch.stack(letters_of, dim=-1)
+def solve_all(demo, starts, seed, memories=tuple(MEMORIES)):
+    """{(memory, divergence name): (log pi (R, C, A), D_f (R,), gradient norms (R,))}."""
+    generator, solutions = torch.Generator().manual_seed(seed), {}
+    for memory in memories:
+        start = starting_points(demo, memory, starts, generator)
+        for name, divergence in tqdm(DIVERGENCES.items(), desc=MEMORIES[memory], disable=None,
+                                     leave=False):
+            solutions[memory, name] = solve_exactly(demo, memory, divergence, start)
+    return solutions
 
 
-def fit_sft(demos, letters, memory, steps=300, rate=0.1):
-    """SFT by gradient descent on the negative log-likelihood of demos (B, T): logits (1, C, A)."""
-    length = demos.shape[1]
-    contexts = sum(contexts_at(t, letters, memory) for t in range(length))
-    logits = torch.zeros(1, contexts, letters, requires_grad=True)
-    optimizer = torch.optim.Adam([logits], lr=rate)
-    for _ in range(steps):
-        loss = -policy_log_prob(logits.log_softmax(-1), demos[None], memory).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return logits.detach()
+def summarise(demo, solutions):
+    """The results as plain numbers: for each learner and divergence, the best optimum and how the
+    starts spread, and D of every divergence at that optimum (the cross table)."""
+    log_beta, rows = demonstrator_log_prob(demo), []
+    for (memory, name), (log_pi, value, gradient_norm) in solutions.items():
+        logp = sequence_log_prob(log_pi[:1], demo.length, memory)[0]
+        rows.append({
+            "memory": memory, "minimised": name, "value": value[0].item(),
+            "gradient_norm": gradient_norm[0].item(),
+            "converged": (gradient_norm < 1e-6).sum().item(), "starts": len(value),
+            "found": styles_found(demo, log_pi, memory), **describe(demo, logp),
+            "cross": {other: f_divergence(d, log_beta, logp).item()
+                      for other, d in DIVERGENCES.items()}})
+    return rows
 
 
-def tabular_discriminator(rows, length, letters, generator):
-    """One logit per sequence: parameters and a function (R, B, T) sequences -> (R, B) logits."""
-    table = torch.zeros(rows, letters ** length, requires_grad=True)
-    return [table], lambda y: table.gather(1, sequence_index(y, letters).expand(rows, -1))
+def horizon_curve(lengths, memory):
+    """[(T, share of what SFT writes that nobody wrote, its closed form), ...] without slips.
 
-
-def neural_discriminator(rows, length, letters, generator, width=64):
-    """A network of one hidden layer over the letters, one per row; as tabular_discriminator."""
-    def weights(*shape):
-        return (torch.randn(shape, generator=generator) / shape[-2] ** 0.5).requires_grad_()
-
-    first, second = weights(rows, length * letters, width), weights(rows, width, 1)
-    bias = torch.zeros(rows, 1, width, requires_grad=True)
-
-    def logits(y):
-        one_hot = torch.nn.functional.one_hot(y, letters).flatten(2).float().expand(rows, -1, -1)
-        return (torch.relu(one_hot @ first + bias) @ second).squeeze(-1)
-    return [first, bias, second], logits
-
-
-DISCRIMINATORS = {"tabular": (tabular_discriminator, 0.1), "neural": (neural_discriminator, 0.003)}
-
-
-def train_adversarially(demo, demos, logits, kind, config, generator, memory=0, watch=None):
-    """Imitate demos (B, T) under every divergence side by side, one row each, from one policy.
-
-    Each round: roll out every policy, two steps of its discriminator on fresh demonstrations and
-    those samples, one policy-gradient step on r(h). Both rates fall linearly to zero. watch(round,
-    log_pi) sees the policies before each round. Returns the last log pi (R, C, A).
+    memory 0: aaa... against bbb..., which differ at every step: 2 of 2^T mixtures were written.
+    memory 1: aaa... against abcabc..., which meet in an a at every third step and part again.
     """
-    make, rate = DISCRIMINATORS[kind]
-    logits = logits.repeat(len(DIVERGENCES), 1, 1).requires_grad_()
-    parameters, logit = make(len(DIVERGENCES), demo.length, demo.letters, generator)
-    judge = torch.optim.Adam(parameters, lr=rate)
-    writer = torch.optim.Adam([logits], lr=0.05)
-    fall = [torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, config.rounds)
-            for optimizer in (judge, writer)]
-    for step in tqdm(range(config.rounds), desc=kind, disable=None, leave=False):
-        if watch:
-            watch(step, logits.detach().log_softmax(-1))
-        log_pi = logits.log_softmax(-1)
-        own = sample_policy(log_pi, config.batch, demo.length, memory, generator)
-        for _ in range(2):
-            pick = torch.randint(len(demos), (config.batch,), generator=generator)
-            judge.zero_grad()
-            discriminator_loss(logit(demos[pick][None]), logit(own)).sum().backward()
-            judge.step()
-        with torch.no_grad():
-            h = logit(own)
-        logp = policy_log_prob(log_pi, own, memory)
-        gain = [policy_surrogate(d, h[i], logp[i], baseline=d.reward(h[i]).mean())
-                for i, d in enumerate(DIVERGENCES.values())]
-        writer.zero_grad()
-        (-torch.stack(gain).sum()).backward()
-        writer.step()
-        for schedule in fall:
-            schedule.step()
-    return logits.detach().log_softmax(-1)
+    curve = []
+    for length in lengths:
+        other = "b" * length if memory == 0 else ("abc" * length)[:length]
+        demo = make_demonstrator(["a" * length, other], [0.5, 0.5], 0.0, 3)
+        crossings = max(length - 1 if memory == 0 else (length - 2) // 3, 0)
+        curve.append((length, nobody_wrote(sft_optimum(demo, memory), demo, memory),
+                      1 - 2.0 ** -crossings))
+    return curve
+
+
+# ---- what it prints and draws -------------------------------------------------------------------
+
+SHORT = {"reverse_kl": "rev.KL", "forward_kl": "fwd.KL", "jensen_shannon": "J-S",
+         "total_variation": "TV", "pearson_chi2": "Pearson", "neyman_chi2": "Neyman",
+         "squared_hellinger": "Helling."}
+
+
+def print_tables(demo, rows):
+    beta = describe(demo, demonstrator_log_prob(demo))
+    print("styles: " + ", ".join(f"{k + 1} {name}" for k, name in enumerate(style_names(demo)))
+          + "; found: which styles a start ends up writing, and how many starts do")
+    for memory, title in MEMORIES.items():
+        mine = [row for row in rows if row["memory"] == memory]
+        print(f"\n{'learner: ' + title:<20}{'D_f':>8}{'precision':>11}{'recall':>8}{'entropy':>9}"
+              "  found")
+        print(f"{'demonstrator':<20}{0:>8.3f}{beta['precision']:>11.3f}{beta['recall']:>8.3f}"
+              f"{beta['entropy']:>9.3f}")
+        for row in mine:
+            found = " ".join(f"{styles}:{count}" for styles, count in row["found"].items())
+            print(f"{DIVERGENCES[row['minimised']].label:<20}{row['value']:>8.3f}"
+                  f"{row['precision']:>11.3f}{row['recall']:>8.3f}{row['entropy']:>9.3f}  {found}")
+        print(f"\nevery divergence of every solution ({title}):")
+        print(f"{'minimised':<17}" + "".join(f"{SHORT[name]:>9}" for name in DIVERGENCES))
+        for row in mine:
+            print(f"{DIVERGENCES[row['minimised']].label:<17}"
+                  + "".join(f"{value:>9.3g}" for value in row["cross"].values()))
+
+
+def typical_sequences(logp, count):
+    """`count` sequence indices in proportion to their probabilities, likeliest first, no chance
+    involved: one at the middle of each of `count` equal slices of the cumulative distribution."""
+    p, order = logp.exp().sort(descending=True)
+    slices = (torch.arange(count, dtype=p.dtype) + 0.5) / count
+    return order[torch.searchsorted(p.cumsum(0), slices).clamp(max=len(p) - 1)]
+
+
+def draw_page(axes, demo, logp, title, count=20):
+    """What a policy writes, a sequence per line; lines that are no style's pattern are faded."""
+    written = typical_sequences(logp, count)
+    letters = all_sequences(demo.length, demo.letters)[written]              # (count, T)
+    meant = torch.isin(written, sequence_index(demo.patterns, demo.letters))
+    axes.imshow(letters, cmap="tab10", vmin=0, vmax=9, aspect="auto",
+                alpha=torch.where(meant, 0.9, 0.25)[:, None].expand(letters.shape).numpy())
+    for line, row in enumerate(letters.tolist()):
+        for t, letter in enumerate(row):
+            axes.text(t, line, LETTERS[letter], ha="center", va="center", fontsize=6,
+                      color="white" if meant[line] else "black")
+    axes.set_title(title, fontsize=8)
+    axes.set(xticks=[], yticks=[])
+    axes.grid(False)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+def draw_pages(path, demo, solutions):
+    """A page for the demonstrator and for every learner's best policy under every divergence."""
+    plt = pyplot()
+    figure, grid = plt.subplots(len(MEMORIES), 8, figsize=(11, 6.2))
+    log_beta = demonstrator_log_prob(demo)
+    for line, (memory, learner) in enumerate(MEMORIES.items()):
+        own = describe(demo, log_beta)
+        draw_page(grid[line, 0], demo, log_beta, "demonstrator and\nfull-memory learner\n"
+                  f"precision {own['precision']:.2f}\nrecall {own['recall']:.2f}")
+        grid[line, 0].set_ylabel(f"memory: {learner}", fontsize=10)
+        for axes, (name, divergence) in zip(grid[line, 1:], DIVERGENCES.items()):
+            logp = sequence_log_prob(solutions[memory, name][0][:1], demo.length, memory)[0]
+            own = describe(demo, logp)
+            draw_page(axes, demo, logp, f"{divergence.label}\n\nprecision {own['precision']:.2f}\n"
+                      f"recall {own['recall']:.2f}")
+    figure.suptitle("what each learner writes, by the divergence minimised "
+                    "(faded: sequences that no style means to write)", fontsize=10)
+    return save_figure(figure, path)
+
+
+def draw_horizon(path, curves):
+    """What SFT writes that nobody wrote, against T: measured points over their closed forms."""
+    plt = pyplot()
+    figure, axes = plt.subplots(figsize=(5.5, 3.4))
+    labels = {0: ("memoryless, aaa… and bbb…", "$1-2^{1-T}$", COLORS["forward_kl"]),
+              1: ("one letter, aaa… and abcabc…", r"$1-2^{-\lfloor (T-2)/3 \rfloor}$",
+                  COLORS["pearson_chi2"])}
+    for memory, (label, formula, color) in labels.items():
+        length, measured, closed = zip(*curves[memory])
+        axes.plot(length, closed, color=color, drawstyle="steps-post" if memory else "default")
+        axes.plot(length, measured, "o", color=color, markersize=4, label=f"{label}: {formula}")
+    axes.set(title="what SFT writes that nobody wrote", xlabel="length of the sequence, T",
+             ylabel="share of what it writes", ylim=(-0.03, 1.03))
+    axes.legend(fontsize=8, loc="lower right")
+    return save_figure(figure, path)
+
+
+def main(config):
+    torch.set_num_threads(1)        # the tensors are small: a second thread costs more than it gives
+    demo = demonstrator_of(config)
+    check_enumerable(demo.length, demo.letters)
+    if config.starts < 1:
+        raise InputError(f"--starts must be at least 1, got {config.starts}")
+    solutions = solve_all(demo, config.starts, config.seed)
+    rows = summarise(demo, solutions)
+    print_tables(demo, rows)
+    curves = {memory: horizon_curve(range(1, 25), memory) for memory in MEMORIES}
+    print("\nwhat SFT writes that nobody wrote (two styles, by dynamic programming):")
+    print(f"{'T':<34}" + "".join(f"{t:>7}" for t, *_ in curves[0][1::4]))
+    for memory, styles in ((0, "aaa... and bbb..."), (1, "aaa... and abcabc...")):
+        print(f"{MEMORIES[memory] + ', ' + styles:<34}"
+              + "".join(f"{share:>7.3f}" for _, share, _ in curves[memory][1::4]))
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    results = {"settings": asdict(config), "demonstrator": describe(
+        demo, demonstrator_log_prob(demo)), "solutions": rows, "nobody_wrote": curves}
+    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    draw_pages(out / "token_mdp.png", demo, solutions)
+    draw_horizon(out / "token_mdp_horizon.png", curves)
+    print(f"\nwrote results.json, token_mdp.png and token_mdp_horizon.png to {out}")
+
+
+if __name__ == "__main__":
+    run_script(lambda: main(parse_settings(Settings)))
