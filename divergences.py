@@ -44,7 +44,7 @@ come first. Probabilities are natural logarithms; -inf is probability zero.
 
 **Large values.** An exponent is cut at log(largest float) - 8: at 80.7 in float32, 701.8 in
 float64. Up to there values are exact; beyond, e^x stays at that ceiling with gradient zero, so no
-finite h gives inf or nan. In float32 this touches |h| <= 50 only in e^(2|h|), from |h| = 40 on.
+|h| up to 2,000 gives inf or nan. Of |h| <= 50 in float32 this touches only e^(2|h|), from 40 on.
 """
 
 import math

@@ -44,7 +44,7 @@ class Settings:
     slip: float = setting(0.02, "probability that a style writes another letter than its pattern's")
     letters: int = setting(4, "size of the alphabet")
     demos: int = setting(20000, "demonstrations")
-    rounds: int = setting(300, "rounds of discriminator and policy in adversarial training")
+    rounds: int = setting(400, "rounds of discriminator and policy in adversarial training")
     batch: int = setting(1024, "samples of each policy per round")
     seed: int = setting(0, "seed of every sample and every network")
     out: str = setting("out/token_samples", "folder for results.json and the figures")
@@ -104,14 +104,17 @@ def neural_discriminator(rows, length, letters, generator, width=64):
     bias = torch.zeros(rows, 1, width, requires_grad=True)
 
     def logits(y):
-        one_hot = torch.nn.functional.one_hot(y, letters).flatten(2).float().expand(rows, -1, -1)
+        one_hot = torch.eye(letters)[y].flatten(2)                           # (R or 1, B, T * A)
         return (torch.relu(one_hot @ first + bias) @ second).squeeze(-1)
     return [first, bias, second], logits
 
 
 # How to make one, and the rate of its Adam.
 DISCRIMINATORS = {"tabular": (tabular_discriminator, 0.1), "neural": (neural_discriminator, 0.01)}
-SIZES = (1000, 10_000, 100_000, 1_000_000)       # samples in the study of accuracy
+# The study of accuracy: samples of each side, and how long a discriminator trains on them: longer
+# than in the adversarial loop, since here the samples stand still.
+SIZES = (1000, 10_000, 100_000, 1_000_000)
+RATE_AND_STEPS = {"tabular": (0.3, 2000), "neural": (0.04, 600)}
 
 
 # The runs of one experiment: each divergence on-policy; those for which missing the demonstrator
@@ -181,14 +184,14 @@ def train_adversarially(demo, demos, logits, kind, config, generator, runs=RUNS,
 
 # ---- how well a discriminator knows the log-ratio ------------------------------------------------
 
-def discriminator_accuracy(demo, log_pi, sizes, kind, generator, steps=600):
+def discriminator_accuracy(demo, log_pi, sizes, kind, generator):
     """Train discriminators on `size` demonstrations and as many samples of log_pi (1, C, A), one
     run per size, and compare their logits with the exact log-ratio.
 
     Returns h (R, N), the exact log-ratio (N,), and per run the correlation and root mean square
     error in nats, both weighted with (beta + pi) / 2: over what either of them writes.
     """
-    make, rate = DISCRIMINATORS[kind]
+    (make, _), (rate, steps) = DISCRIMINATORS[kind], RATE_AND_STEPS[kind]
     log_beta = demonstrator_log_prob(demo)
     logp = sequence_log_prob(log_pi, demo.length, memory=0)[0]
     every = all_sequences(demo.length, demo.letters)[None]                   # (1, N, T)
