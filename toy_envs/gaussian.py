@@ -233,8 +233,8 @@ def follow_reward(reward, x, log_beta, start, steps=1000, rate=0.003):
 
 def print_table(config, fits):
     mean, std = mixture_moments(config)
-    print(f"demonstrator: two modes at {config.left:g} and {config.right:g}, width "
-          f"{config.width:g}; its mean is {mean:.3f}, its std {std:.3f}\n")
+    print(f"demonstrator: modes at {config.left:g} and {config.right:g}, width {config.width:g}; "
+          f"mean {mean:.3f}, std {std:.3f}\n")
     print(f"{'minimise':<20}{'D_f':>8}{'mean':>9}{'std':>8}   starts that end here")
     for name, optima in fits.items():
         for rank, optimum in enumerate(optima):
@@ -259,7 +259,7 @@ def draw(path, x, log_beta, fits, tracks):
              ylabel="density", xlim=(inside[0] - 1, inside[-1] + 1))
     left.legend(fontsize=8)
     for key, name, label in (("e^h", "forward_kl", "reward $e^h$ = f*(f'(u))"),
-                             ("fairl", "reverse_kl", "FAIRL's $-h\\,e^h$ = -f(u)")):
+                             ("-h e^h", "reverse_kl", "FAIRL's $-h\\,e^h$ = -f(u)")):
         right.plot(range(1, len(tracks[key]) + 1), tracks[key], color=COLORS[name], label=label)
         right.plot(len(tracks[key]), tracks[key][-1], "o", color=COLORS[name])
     right.set(title="the wrong reward moves away", xlabel="policy-gradient steps",
@@ -276,12 +276,12 @@ def main(config):
     fits = fit_all(config, x, log_beta)
     start = torch.tensor([config.left / 2, math.log(config.width * 2)], dtype=torch.float64)
     tracks = {"e^h": follow_reward(FORWARD_KL.reward, x, log_beta, start),
-              "fairl": follow_reward(fairl_reward, x, log_beta, start)}
+              "-h e^h": follow_reward(fairl_reward, x, log_beta, start)}
     print_table(config, fits)
-    print(f"\nFollowing a reward from one start, KL(demonstrator || policy) {tracks['e^h'][0]:.3f}: "
-          f"e^h reaches {tracks['e^h'][-1]:.3f},\nFAIRL's -h e^h {tracks['fairl'][-1]:.3f} after "
-          f"{len(tracks['fairl']) - 1} steps"
-          f"{', then collapses to a point' if len(tracks['fairl']) < len(tracks['e^h']) else ''}.")
+    print("\nKL(demonstrator || policy) along the policy gradient of two rewards, one start:")
+    for reward, track in tracks.items():
+        print(f"{reward:<10}{track[0]:>8.3f} ->{track[-1]:>8.3f} in {len(track) - 1} steps"
+              + ("" if len(track) == len(tracks["e^h"]) else ", and collapses to a point"))
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     results = {"settings": asdict(config), "fits": fits, "forward_kl_along": tracks}
