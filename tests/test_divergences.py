@@ -160,7 +160,7 @@ def test_no_log_ratio_up_to_two_thousand_gives_inf_or_nan(divergence):
 
 @pytest.mark.parametrize("name", ["pearson_chi2", "neyman_chi2", "squared_hellinger"])
 def test_digits_near_one_are_kept(name):
-    """A failure means that e^h - 1 was computed as it is written: near pi = beta nothing is left."""
+    """A failure means that e^h - 1 is computed as it is written: no digit is left near u = 1."""
     h = torch.tensor([-1e-6, 1e-6])
     for part in ("f_prime", "reward", "f"):
         function = getattr(DIVERGENCES[name], part)
@@ -202,7 +202,7 @@ def p_and_q():
 
 
 def test_kl_with_zero_probabilities(p_and_q):
-    """A failure means nan for an outcome that nobody writes, or a finite price for the impossible."""
+    """A failure means nan for what nobody writes, or a finite price for the impossible."""
     p, q = p_and_q
     assert kl(p, q).item() == pytest.approx(math.log(2))
     assert kl(q, p).item() == math.inf
@@ -290,6 +290,7 @@ def test_surrogate_over_samples_is_the_mean_of_reward_times_score():
     """A failure means that batch size or baseline changes what is optimised."""
     h = torch.tensor([0.5, -1.0, 2.0], requires_grad=True)
     logp = torch.tensor([-1.0, -2.0, -3.0], requires_grad=True)
+    assert policy_surrogate(REVERSE_KL, h, logp).item() == pytest.approx((-0.5 + 2 - 6) / 3)
     value = policy_surrogate(REVERSE_KL, h, logp, baseline=0.25)
     assert value.item() == pytest.approx((-0.25 + 2.5 - 5.25) / 3)
     torch.testing.assert_close(gradient(value, logp), (h.detach() - 0.25) / 3)
@@ -417,3 +418,6 @@ def test_estimates_come_with_an_honest_variance():
         overall, of_overall = mean_and_variance(values.flatten())
         assert abs(overall - kl(log_p, log_q)) < 4 * of_overall.sqrt()
     assert spreads[True] < spreads[False] / 4
+    torch.testing.assert_close(sample_kl(log_p, log_q), sample_kl(log_p, log_q, low_variance=True))
+    torch.testing.assert_close(sample_divergence(FORWARD_KL, log_p, log_q),
+                               sample_divergence(FORWARD_KL, log_p, log_q, low_variance=True))

@@ -39,7 +39,7 @@ class Settings:
 
 # ---- a minimiser for many starts at once --------------------------------------------------------
 
-def minimise(objective, start, tolerance=1e-7, steps=500, history=20):
+def minimise(objective, start, tolerance=1e-7, steps=500, history=10):
     """Minimise R independent objectives side by side by L-BFGS (Nocedal & Wright, algorithm 7.5).
 
     objective: (rows, P) -> (rows,) for any number of rows, each depending on its own row alone.
@@ -270,7 +270,7 @@ def draw(path, x, log_beta, fits, tracks):
 
 
 def main(config):
-    torch.set_num_threads(1)        # the tensors are small: a second thread costs more than it gives
+    torch.set_num_threads(1)  # the tensors are small: a second thread costs more than it gives
     check(config)
     x, log_beta = demonstrator(config)
     fits = fit_all(config, x, log_beta)

@@ -227,8 +227,8 @@ def starting_points(demo, memory, count, generator):
     for size in range(1, len(demo.patterns) + 1):
         for subset in itertools.combinations(range(len(demo.patterns)), size):
             chosen = list(subset)
-            some = Demonstrator(demo.patterns[chosen],
-                                demo.weights[chosen] / demo.weights[chosen].sum(), demo.step[chosen])
+            weights = demo.weights[chosen]
+            some = Demonstrator(demo.patterns[chosen], weights / weights.sum(), demo.step[chosen])
             starts.append(sft_optimum(some, memory)[None] + 1e-3)
     pi = torch.cat(starts)
     return (pi / pi.sum(-1, keepdim=True)).log()
@@ -265,13 +265,14 @@ def describe(demo, logp, samples=1000):
     """What a policy writes. logp (N,) -> dict:
 
     styles     mass on each style's pattern
-    precision  their sum: mass on sequences that some style means to write
+    precision  mass on sequences that some style means to write
     recall     the styles, by weight, met at least once in `samples` samples, in expectation
     entropy    nats per sequence
     """
     style = logp[sequence_index(demo.patterns, demo.letters)].exp()
+    meant = logp[sequence_index(demo.patterns.unique(dim=0), demo.letters)].exp().sum()
     met = 1 - (samples * torch.log1p(-style.clamp(max=1 - 1e-12))).exp()
-    return {"styles": style.tolist(), "precision": style.sum().item(),
+    return {"styles": style.tolist(), "precision": meant.item(),
             "recall": (demo.weights * met).sum().item(), "entropy": -kl(logp, 0 * logp).item()}
 
 
@@ -410,7 +411,7 @@ def draw_horizon(path, curves):
 
 
 def main(config):
-    torch.set_num_threads(1)        # the tensors are small: a second thread costs more than it gives
+    torch.set_num_threads(1)  # the tensors are small: a second thread costs more than it gives
     demo = demonstrator_of(config)
     check_enumerable(demo.length, demo.letters)
     if config.starts < 1:

@@ -50,7 +50,7 @@ class Settings:
     out: str = setting("out/token_samples", "folder for results.json and the figures")
 
 
-# ---- samples, and SFT --------------------------------------------------------------------------------
+# ---- samples, and SFT ---------------------------------------------------------------------------
 
 def sample_demonstrations(demo, count, generator):
     """Sequences (count, T) written by the demonstrator: a style each, then letter by letter."""
@@ -265,8 +265,8 @@ def imitate(demo, demos, config, generator):
 
 
 def print_results(rows, accuracy):
-    print("how far above the exact optimum next to it each method ends, in the divergence's unit, by"
-          "\nwhat the policy follows: the exact log-ratio (a control) or a discriminator's logit\n")
+    print("how far above the exact optimum next to it each method ends, in the divergence's\nunit,"
+          " by what the policy follows: the exact log-ratio (a control) or a logit\n")
     print(f"{'minimised':<20}{'gradient from':<16}{'optimum':>10}{'exact':>11}{'tabular':>11}"
           f"{'neural':>11}")
     by = {(row["divergence"], row["method"], row["logit"]): row for row in rows}
@@ -330,7 +330,7 @@ def check(config):
 
 
 def main(config):
-    torch.set_num_threads(1)        # the tensors are small: a second thread costs more than it gives
+    torch.set_num_threads(1)  # the tensors are small: a second thread costs more than it gives
     check(config)
     demo = demonstrator_of(config)
     check_enumerable(demo.length, demo.letters)
