@@ -249,6 +249,16 @@ def test_underflow_keeps_the_price_of_what_is_missed():
 
 
 @each
+def test_underflow_leaves_no_nan_in_the_gradient(divergence):
+    """A failure means that one sequence the policy has long given up ends the training run."""
+    beta = torch.tensor([0.3, 0.7, 0.0]).log()
+    for far in (-200.0, -1e5):
+        pi = torch.tensor([0.0, far, far], requires_grad=True)
+        value = f_divergence(divergence, beta, pi)
+        assert not value.isnan() and not gradient(value, pi).isnan().any()
+
+
+@each
 def test_float32_agrees_with_float64(divergence):
     """A failure means that a run in float32 tracks another number than the one it reports."""
     log_beta, logits = random_pair(batch=(20,), scale=2.0)

@@ -253,7 +253,7 @@ def draw(path, x, log_beta, fits, tracks):
         std = torch.tensor([best["std"]], dtype=x.dtype)
         density = normal_log_prob(x, torch.tensor([best["mean"]], dtype=x.dtype), std)[0].exp()
         left.plot(x, density * per_unit, color=COLORS[name], label=DIVERGENCES[name].label,
-                  linewidth=2.2 if name.endswith("_kl") else 1.2)
+                  linewidth=2, linestyle="-" if name.endswith("_kl") else (0, (4, 2)))
     inside = x[log_beta.exp() * per_unit > 1e-4]
     left.set(title="one Normal fitted to two modes, by the divergence minimised", xlabel="y",
              ylabel="density", xlim=(inside[0] - 1, inside[-1] + 1))

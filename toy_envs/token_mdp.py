@@ -329,7 +329,8 @@ SHORT = {"reverse_kl": "rev.KL", "forward_kl": "fwd.KL", "jensen_shannon": "J-S"
 def print_tables(demo, rows):
     beta = describe(demo, demonstrator_log_prob(demo))
     print("styles: " + ", ".join(f"{k + 1} {name}" for k, name in enumerate(style_names(demo)))
-          + "\nfound: the styles that a start ends up writing, and how many starts do")
+          + "\nfound: the styles that a start ends up writing, and how many starts do\n"
+          "A learner of full memory can be the demonstrator: every divergence is 0 there.")
     for memory, title in MEMORIES.items():
         mine = [row for row in rows if row["memory"] == memory]
         print(f"\n{'learner: ' + title:<20}{'D_f':>8}{'precision':>11}{'recall':>8}{'entropy':>9}"

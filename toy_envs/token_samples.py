@@ -15,6 +15,18 @@ Two ways to estimate the policy gradient E_pi[r(h) grad log pi]:
                     pi / ((beta + pi) / 2) = 2 (1 - D): the discriminator knows this too. Then
                     r e^-h is what must stay bounded, not r.
 
+What came out, over three seeds, in the divergence's unit above the exact optimum:
+    reverse KL, Jensen-Shannon, total variation, squared Hellinger   within 0.01, by either
+    discriminator. Forward KL with demonstrations, and SFT, within 0.002.
+    Forward KL and Pearson on-policy   fail: the policy gives up a style before its reward has been
+    sampled often enough, and never sees it again. The exact log-ratio does not save them, so it is
+    not the discriminator's fault.
+    Pearson with demonstrations   0.02 at most with the exact log-ratio, 0.2 to 0.4 (of 46) by the
+    neural logit, 4 to 40 by the tabular: its reward squares e^h, and with it every error of h.
+    Neyman   within 0.01 by the neural logit, 0.05 by the tabular, which knows nothing of sequences
+    that it has not seen; 0.4 with the exact log-ratio, whose rewards down to -e^13 for what nobody
+    writes leave the optimiser little step for the rest.
+
 Shapes: R runs side by side, B samples of one run, T letters in a sequence, A letters, C contexts,
 N = A^T sequences. Divergences are per sequence, in nats for the KLs.
 """
@@ -302,9 +314,8 @@ def draw_training(path, rows, tracks):
                       linestyle="--" if source == "demonstrations" else "-",
                       label=divergence.label + (" + demonstrations"
                                                 if source == "demonstrations" else ""))
-        axes.axhline(0.02, color="#999999", linewidth=0.8)
+        axes.axhline(0.02, color="#999999", linewidth=0.8, label="0.02")
         axes.set(title=titles[kind], xlabel="round", yscale="log", ylim=(1e-4, 1e5))
-    panels[0].text(step[0], 0.012, "0.02", fontsize=8, color="#777777")
     panels[0].set_ylabel("D_f above the exact optimum")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     return save_figure(figure, path)
