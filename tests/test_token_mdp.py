@@ -103,6 +103,7 @@ def test_too_large_an_mdp_is_refused_before_memory_is_touched():
 
 @pytest.mark.parametrize("change", [
     {"weights": [0.5, 0.4, 0.2]}, {"weights": [0.5, 0.5]}, {"weights": [-0.5, 1.0, 0.5]},
+    {"weights": [0.0, 0.5, 0.5]},
     {"patterns": ["aa", "aaa", "b"]}, {"patterns": ["", "", ""]}, {"patterns": ["ae", "aa", "bb"]},
     {"slip": 1.0}, {"slip": -0.1}, {"letters": 1}, {"letters": 27}])
 def test_bad_demonstrators_are_refused(change):
@@ -114,6 +115,7 @@ def test_bad_demonstrators_are_refused(change):
 
 
 @pytest.mark.parametrize("change", [{"weights": "a,b,c"}, {"weights": "1"}, {"starts": 0},
+                                    {"slip": 0.0},
                                     {"patterns": "a" * 40, "weights": "1"}])
 def test_bad_settings_are_refused(change):
     """A failure means a stack trace for a typo on the command line."""

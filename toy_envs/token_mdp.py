@@ -75,8 +75,8 @@ def make_demonstrator(patterns, weights, slip, letters):
     if foreign:
         raise InputError(f"patterns use {sorted(foreign)}, not among the letters "
                          f"{LETTERS[:letters]}")
-    if len(weights) != len(patterns) or min(weights) < 0 or abs(sum(weights) - 1) > 1e-9:
-        raise InputError(f"need one weight >= 0 per pattern, summing to one; got {list(weights)}")
+    if len(weights) != len(patterns) or min(weights) <= 0 or abs(sum(weights) - 1) > 1e-9:
+        raise InputError(f"need one weight > 0 per pattern, summing to one; got {list(weights)}")
     if not 0 <= slip < 1:
         raise InputError(f"slip must be at least 0 and below 1, got {slip}")
     index = torch.tensor([[LETTERS.index(c) for c in pattern] for pattern in patterns])
@@ -91,6 +91,9 @@ def demonstrator_of(config):
         weights = [float(w) for w in config.weights.split(",")]
     except ValueError:
         raise InputError(f"--weights must be numbers with commas, got {config.weights}") from None
+    if config.slip <= 0:
+        raise InputError("--slip must be positive: the reverse KL to a demonstrator that never "
+                         "slips is infinite")
     return make_demonstrator(config.patterns.split(","), weights, config.slip, config.letters)
 
 
@@ -383,7 +386,7 @@ def draw_pages(path, demo, solutions):
         own = describe(demo, log_beta)
         draw_page(grid[line, 0], demo, log_beta, "demonstrator and\nfull-memory learner\n"
                   f"precision {own['precision']:.2f}\nrecall {own['recall']:.2f}")
-        grid[line, 0].set_ylabel(f"memory: {learner}", fontsize=10)
+        grid[line, 0].set_ylabel(f"learner: {learner}", fontsize=10)
         for axes, (name, divergence) in zip(grid[line, 1:], DIVERGENCES.items()):
             logp = sequence_log_prob(solutions[memory, name][0][:1], demo.length, memory)[0]
             own = describe(demo, logp)

@@ -76,6 +76,11 @@ def sample_demonstrations(demo, count, generator):
     return draw_letters(demo.step[style], generator)
 
 
+def some(demos, count, generator):
+    """`count` of the demonstrations (B, T), with replacement, as (1, count, T) for every run."""
+    return demos[torch.randint(len(demos), (count,), generator=generator)][None]
+
+
 def sample_policy(log_pi, count, length, memory, generator):
     """Sequences (R, count, T) rolled out letter by letter from log_pi (R, C, A)."""
     rows, _, letters = log_pi.shape
@@ -178,19 +183,18 @@ def train_adversarially(demo, demos, logits, kind, config, generator, runs=RUNS,
     fall = [torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, config.rounds)
             for optimizer in (writer, judge) if optimizer]
 
-    def some_demos():
-        return demos[torch.randint(len(demos), (config.batch,), generator=generator)][None]
-
     for step in tqdm(range(config.rounds), desc=kind, disable=None, leave=False):
         log_pi = logits.log_softmax(-1)
         if watch and step % 10 == 0:
             watch(step, log_pi.detach())
         own = sample_policy(log_pi, config.batch, demo.length, 0, generator)
         for _ in range(2 if judge else 0):
+            theirs = some(demos, config.batch, generator)
             judge.zero_grad()
-            discriminator_loss(logit(some_demos()), logit(own)).sum().backward()
+            discriminator_loss(logit(theirs), logit(own)).sum().backward()
             judge.step()
-        both = torch.cat([own, some_demos().expand(len(runs), -1, -1)], dim=1)
+        theirs = some(demos, config.batch, generator).expand(len(runs), -1, -1)
+        both = torch.cat([own, theirs], dim=1)
         logp = policy_log_prob(log_pi, both, 0)
         with torch.no_grad():
             h = logit(both) if judge else log_beta[sequence_index(both, demo.letters)] - logp
