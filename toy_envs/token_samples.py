@@ -19,8 +19,8 @@ What came out, over three seeds, in the divergence's unit above the exact optimu
     reverse KL, Jensen-Shannon, total variation, squared Hellinger   within 0.01, by either
     discriminator. Forward KL with demonstrations, and SFT, within 0.002.
     Forward KL and Pearson on-policy   fail: the policy gives up a style before its reward has been
-    sampled often enough, and never sees it again. The exact log-ratio does not save them, so it is
-    not the discriminator's fault.
+    sampled often enough, and never sees it again. The exact log-ratio saves them in one seed of
+    three only, so it is not the discriminator's fault alone.
     Pearson with demonstrations   0.02 at most with the exact log-ratio, 0.2 to 0.4 (of 46) by the
     neural logit, 4 to 40 by the tabular: its reward squares e^h, and with it every error of h.
     Neyman   within 0.01 by the neural logit, 0.05 by the tabular, which knows nothing of sequences
@@ -76,7 +76,7 @@ def sample_demonstrations(demo, count, generator):
     return draw_letters(demo.step[style], generator)
 
 
-def some(demos, count, generator):
+def resample(demos, count, generator):
     """`count` of the demonstrations (B, T), with replacement, as (1, count, T) for every run."""
     return demos[torch.randint(len(demos), (count,), generator=generator)][None]
 
@@ -137,7 +137,6 @@ DISCRIMINATORS = {"tabular": (tabular_discriminator, 0.1), "neural": (neural_dis
 SIZES = (1000, 10_000, 100_000, 1_000_000)
 RATE_AND_STEPS = {"tabular": (0.3, 1000), "neural": (0.04, 400)}
 
-
 # The runs of one experiment: each divergence on-policy; those for which missing the demonstrator
 # costs infinitely much also with demonstrations.
 RUNS = ([(divergence, "on-policy") for divergence in DIVERGENCES.values()]
@@ -189,11 +188,11 @@ def train_adversarially(demo, demos, logits, kind, config, generator, runs=RUNS,
             watch(step, log_pi.detach())
         own = sample_policy(log_pi, config.batch, demo.length, 0, generator)
         for _ in range(2 if judge else 0):
-            theirs = some(demos, config.batch, generator)
+            theirs = resample(demos, config.batch, generator)
             judge.zero_grad()
             discriminator_loss(logit(theirs), logit(own)).sum().backward()
             judge.step()
-        theirs = some(demos, config.batch, generator).expand(len(runs), -1, -1)
+        theirs = resample(demos, config.batch, generator).expand(len(runs), -1, -1)
         both = torch.cat([own, theirs], dim=1)
         logp = policy_log_prob(log_pi, both, 0)
         with torch.no_grad():
