@@ -1,0 +1,304 @@
+"""How far is a policy from a demonstrator, and which reward brings it closer?
+
+Every alignment-from-demonstrations method minimises a divergence between beta, the demonstrator,
+and pi, the policy, both distributions over whole responses y. Everything here is a function of
+
+    h = log beta(y) - log pi(y)        the log-ratio, in nats per sequence;  u = e^h
+
+Two KLs, two behaviours (kl(log_p, log_q) is always KL(p || q); F.kl_div reverses its arguments):
+
+    forward KL(beta || pi)   supervised fine-tuning; the policy must cover everything
+    reverse KL(pi || beta)   adversarial imitation; the policy must write nothing foreign
+
+**Why the discriminator's logit is the reward**, in ten lines:
+ 1. Train D = sigmoid(h) to tell demonstrations (label 1) from the policy's samples (label 0).
+ 2. At one y the gain is  beta log D + pi log(1 - D);  its slope in h is  beta (1 - D) - pi D.
+ 3. It vanishes at  D* = beta / (beta + pi),  so  h* = log D* - log(1 - D*) = log beta - log pi.
+    (arXiv:2405.15624 prints reverse KL with the sign of this bracket flipped; this one is right.)
+ 4. Any f-divergence is  D_f(beta || pi) = sum_y pi f(u)  for a convex f with f(1) = 0.
+ 5. A little more pi at y changes it by  d/dpi [pi f(beta / pi)] = f(u) - u f'(u) = -r.
+ 6. So  r = u f'(u) - f(u) = f*(f'(u)),  with f* the convex conjugate and T* = f'(u).
+ 7. Through the parameters:  grad D_f = -sum_y r grad pi = -E_pi[r grad log pi]:
+    the policy gradient of r, *held constant*, is exactly -grad D_f.
+ 8. Reverse KL has f = -log u, hence r = h - 1: the logit itself; constants drop out of line 7,
+    since E_pi[grad log pi] = 0.
+ 9. Forward KL has f = u log u, hence r = u, and E_pi[u grad log pi] = E_beta[grad log pi]: SFT.
+10. For the other five only r(h) changes: the table below.
+
+**Why r is held constant.** r depends on pi through u, but line 5 has already counted that
+dependence. Differentiating r as well counts it twice: for reverse KL this adds E_pi[grad h] = 0,
+noise for nothing; for forward KL it adds E_pi[grad u] = -E_beta[grad log pi] and cancels the
+whole gradient.
+
+**Why r is not kept.** It is the slope at today's pi. Kept fixed for many steps, E_pi[r] is linear
+in pi and its maximum puts all mass on argmax r: one response, even where pi equalled beta an
+instant ago. So either refresh the discriminator as pi moves, or hold pi back with a KL term:
+max E_pi[r] - KL(pi || pi_0) with r = log beta - log pi_0 has its optimum at beta.
+
+**A caution: FAIRL.** Its published reward -h e^h (arXiv:1911.02256) is -f(u) of the forward KL,
+not f*(f'(u)) = e^h. Near pi = beta, -f(u) = -(u - 1) to first order while the right reward is u:
+followed as a policy gradient it points exactly the wrong way and moves *away*.
+
+Shapes: N samples, or sequences of an enumeration, always the last dimension; any batch dimensions
+come first. Probabilities are natural logarithms; -inf is probability zero.
+
+**Large values.** An exponent is cut at log(largest float) - 8: at 80.7 in float32, 701.8 in
+float64. Up to there values are exact; beyond, e^x stays at that ceiling with gradient zero, so no
+|h| up to 2,000 gives inf or nan. Of |h| <= 50 in float32 this touches only e^(2|h|), from 40 on.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Callable
+
+import torch
+import torch.nn.functional as F
+
+from model import InputError
+
+
+# ---- the table ----------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Divergence:
+    """One f-divergence D_f(beta || pi) = E_pi[f(u)]; its functions take h = log u, elementwise."""
+    name: str                    # as in DIVERGENCES and in the figures' colours
+    label: str                   # for people
+    f: Callable                  # h -> f(u), with f(1) = 0
+    f_prime: Callable            # h -> f'(u) = T*, the best witness in the variational bound
+    conjugate: Callable          # t -> f*(t) = sup over u >= 0 of u t - f(u); inf where it is
+    reward: Callable             # h -> r = f*(f'(u)), up to a constant
+    f_at_zero: float             # f(0): the price of policy mass where beta has none
+    dual: str                    # f(u)/u is the dual's f at 1/u: D_f(beta||pi) = D_dual(pi||beta)
+
+
+def _cut(x, share=1.0):
+    """x, at most `share` of the largest exponent whose e^x is finite with room for a sum."""
+    return x.clamp(max=share * (math.log(torch.finfo(x.dtype).max) - 8))
+
+
+def _exp(x):
+    return torch.exp(_cut(x))
+
+
+def _expm1(x):
+    """e^x - 1, exact also near x = 0, where e^x - 1 would lose every digit."""
+    return torch.expm1(_cut(x))
+
+
+def _square_expm1(x):
+    return torch.expm1(_cut(x, share=0.5)).square()
+
+
+def _finite(h):
+    """h with -inf (a sample that beta never writes) made the lowest float, so that 0 * h is 0."""
+    return h.clamp(min=torch.finfo(h.dtype).min)
+
+
+def _conjugate_below(t, bound, formula):
+    """formula(t) for t < bound and +inf beyond, without a nan in value or gradient."""
+    inside = t < bound
+    return torch.where(inside, formula(torch.where(inside, t, bound - 1)), torch.inf)
+
+
+LOG2 = math.log(2)
+
+REVERSE_KL = Divergence(                       # AIRL, AfD. f(u) = -log u
+    name="reverse_kl", label="reverse KL",
+    f=lambda h: -h,
+    f_prime=lambda h: -_exp(-h),
+    conjugate=lambda t: _conjugate_below(t, 0.0, lambda t: -1 - torch.log(-t)),
+    reward=lambda h: h,
+    f_at_zero=math.inf, dual="forward_kl")
+
+FORWARD_KL = Divergence(                       # SFT. f(u) = u log u
+    name="forward_kl", label="forward KL",
+    f=lambda h: _finite(h) * _exp(h),
+    f_prime=lambda h: h + 1,
+    conjugate=lambda t: _exp(t - 1),
+    reward=lambda h: _exp(h),
+    f_at_zero=0.0, dual="reverse_kl")
+
+# GAIL. f(u) = u log u - (u + 1) log((u + 1)/2) = u log(2D) + log(2(1 - D)): *twice* the
+# Jensen-Shannon divergence, from 0 to 2 log 2. Its reward is -log(1 - D) = softplus(h).
+JENSEN_SHANNON = Divergence(
+    name="jensen_shannon", label="Jensen-Shannon",
+    f=lambda h: _exp(h) * (LOG2 + F.logsigmoid(_finite(h))) + (LOG2 + F.logsigmoid(-h)),
+    f_prime=lambda h: LOG2 + F.logsigmoid(h),
+    conjugate=lambda t: _conjugate_below(t, LOG2, lambda t: -torch.log(2 - torch.exp(t))),
+    reward=lambda h: -F.logsigmoid(-h),
+    f_at_zero=LOG2, dual="jensen_shannon")
+
+# f(u) = |u - 1| / 2. Not differentiable at u = 1: there f' and r take the middle value, 0.
+TOTAL_VARIATION = Divergence(
+    name="total_variation", label="total variation",
+    f=lambda h: _expm1(h).abs() / 2,
+    f_prime=lambda h: h.sign() / 2,
+    conjugate=lambda t: torch.where(t <= 0.5, t.clamp(min=-0.5), torch.inf),
+    reward=lambda h: h.sign() / 2,
+    f_at_zero=0.5, dual="total_variation")
+
+PEARSON_CHI2 = Divergence(                     # f(u) = (u - 1)^2
+    name="pearson_chi2", label="Pearson chi2",
+    f=_square_expm1,
+    f_prime=lambda h: 2 * _expm1(h),
+    conjugate=lambda t: t.clamp(min=-2) + t.clamp(min=-2).square() / 4,
+    reward=lambda h: _expm1(2 * h),
+    f_at_zero=1.0, dual="neyman_chi2")
+
+NEYMAN_CHI2 = Divergence(                      # f(u) = (1 - u)^2 / u = 4 sinh(h/2)^2
+    name="neyman_chi2", label="Neyman chi2",
+    f=lambda h: 4 * torch.sinh(_cut(h.abs()) / 2).square(),
+    f_prime=lambda h: -_expm1(-2 * h),
+    # the root's slope is infinite at t = 1: the clamp keeps its gradient from becoming a nan
+    conjugate=lambda t: torch.where(
+        t <= 1, 2 - 2 * torch.sqrt((1 - t).clamp(min=torch.finfo(t.dtype).tiny)), torch.inf),
+    reward=lambda h: -2 * _expm1(-h),
+    f_at_zero=math.inf, dual="pearson_chi2")
+
+SQUARED_HELLINGER = Divergence(                # f(u) = (sqrt(u) - 1)^2
+    name="squared_hellinger", label="squared Hellinger",
+    f=lambda h: _square_expm1(h / 2),
+    f_prime=lambda h: -_expm1(-h / 2),
+    conjugate=lambda t: _conjugate_below(t, 1.0, lambda t: t / (1 - t)),
+    reward=lambda h: _expm1(h / 2),
+    f_at_zero=1.0, dual="squared_hellinger")
+
+DIVERGENCES = {d.name: d for d in (
+    REVERSE_KL, FORWARD_KL, JENSEN_SHANNON, TOTAL_VARIATION, PEARSON_CHI2, NEYMAN_CHI2,
+    SQUARED_HELLINGER)}
+
+
+def get_divergence(name):
+    """The divergence of this name; InputError, listing the known ones, for any other."""
+    if name not in DIVERGENCES:
+        raise InputError(f"unknown divergence {name!r}; known: {', '.join(DIVERGENCES)}")
+    return DIVERGENCES[name]
+
+
+def fairl_reward(h):
+    """-h e^h, FAIRL's published reward (arXiv:1911.02256): here to be looked at, not to be used."""
+    return -h * _exp(h)
+
+
+# ---- exact, where every sequence can be listed --------------------------------------------------
+
+def kl(log_p, log_q):
+    """KL(p || q) = sum_y p(y) [log p(y) - log q(y)], in nats.
+
+    log_p, log_q: (..., N) log-probabilities of the same N outcomes. Returns (...). Outcomes with
+    p = 0 count nothing, whatever q is; p > 0 where q = 0 gives inf.
+    """
+    support = log_p > -torch.inf
+    # masked before the subtraction: -inf - -inf is nan, and nan * 0 would stay in the gradient
+    log_ratio = torch.where(support, log_p, 0.0) - torch.where(support, log_q, 0.0)
+    return (log_p.exp() * log_ratio).sum(-1)
+
+
+def forward_kl(log_beta, log_pi):
+    """KL(beta || pi): the policy must cover the demonstrator. Shapes as in kl."""
+    return kl(log_beta, log_pi)
+
+
+def reverse_kl(log_beta, log_pi):
+    """KL(pi || beta): the policy must stay within the demonstrator. Shapes as in kl."""
+    return kl(log_pi, log_beta)
+
+
+def f_divergence(divergence, log_beta, log_pi):
+    """D_f(beta || pi) = sum_y pi(y) f(beta(y) / pi(y)), in the divergence's own unit.
+
+    log_beta, log_pi: (..., N) log-probabilities of the same N outcomes. Returns (...). Where only
+    pi has mass, it costs f(0) per unit; where only beta has, lim f(u)/u = f_dual(0); 0 * inf is 0.
+    """
+    dual = DIVERGENCES[divergence.dual]
+    foreign, missed = log_beta == -torch.inf, log_pi == -torch.inf
+    neither = foreign | missed
+    h = torch.where(neither, 0.0, log_beta) - torch.where(neither, 0.0, log_pi)
+    pi, beta = log_pi.exp(), log_beta.exp()
+    # where u > 1 write pi f(u) = beta f_dual(1/u): a pi that underflows then keeps its right price
+    terms = torch.where(h <= 0, pi * divergence.f(h.clamp(max=0)), beta * dual.f(-h.clamp(min=0)))
+    return (terms.sum(-1) + _price(torch.where(foreign, pi, 0.0).sum(-1), divergence.f_at_zero)
+            + _price(torch.where(missed, beta, 0.0).sum(-1), dual.f_at_zero))
+
+
+def _price(mass, price):
+    """mass * price with 0 * inf = 0, also in the gradient, where a product would leave a nan."""
+    if math.isinf(price):
+        return torch.where(mass > 0, torch.inf, 0.0)
+    return mass * price
+
+
+# ---- objectives, from samples or (with weights) exact -------------------------------------------
+
+def _expectation(x, weights):
+    """Mean over the last dimension, or the sum under `weights`, probabilities of an enumeration."""
+    return x.mean(-1) if weights is None else (weights * x).sum(-1)
+
+
+def variational_bound(divergence, t_demo, t_policy, weights_demo=None, weights_policy=None):
+    """E_beta[T] - E_pi[f*(T)] <= D_f(beta || pi), with equality at T* = f'(u) (arXiv:1606.00709).
+
+    t_demo, t_policy: (..., N) the witness T at demonstrations and at the policy's samples. With
+    weights, (..., N) probabilities of an enumeration, the expectations are exact. Returns (...).
+    """
+    return (_expectation(t_demo, weights_demo)
+            - _expectation(divergence.conjugate(t_policy), weights_policy))
+
+
+def discriminator_loss(h_demo, h_policy, weights_demo=None, weights_policy=None):
+    """-E_beta[log D] - E_pi[log(1 - D)] with D = sigmoid(h): high logits for demonstrations.
+
+    Least at h* = log beta - log pi, where it is 2 log 2 minus the Jensen-Shannon row's D_f.
+    h_demo, h_policy: (..., N) logits; weights as in variational_bound. Returns (...).
+    """
+    return (_expectation(-F.logsigmoid(h_demo), weights_demo)
+            + _expectation(-F.logsigmoid(-h_policy), weights_policy))
+
+
+def policy_surrogate(divergence, h, logp_seq, weights=None, baseline=0.0):
+    """E_pi[(r(h) - baseline) log pi(y)] with r held constant: maximise; its gradient is -grad D_f.
+
+    h: (..., N) log-ratios, or a discriminator's logits, at y ~ pi; logp_seq: (..., N) log pi(y),
+    with gradient. weights: (..., N) pi(y) of an enumeration, for an exact expectation. baseline:
+    anything that does not depend on y; leaves the expectation, takes variance. Returns (...).
+    """
+    # detached: how r depends on pi is already counted in r = u f' - f (the module's line 5);
+    # so is the sampling distribution, which the score function grad log pi accounts for
+    advantage = (divergence.reward(h) - baseline).detach()
+    return _expectation(advantage * logp_seq, None if weights is None else weights.detach())
+
+
+# ---- estimates from samples ---------------------------------------------------------------------
+
+def sample_divergence(divergence, log_beta, log_pi, low_variance=True):
+    """One unbiased value of D_f(beta || pi) per sample y ~ pi; their mean is the estimate.
+
+        plain          f(u)
+        low variance   f(u) - f'(1) (u - 1),  never negative, as f lies above its tangent
+
+    E_pi[u - 1] = 0 makes the tangent a free control variate (for reverse KL these are the
+    estimators known as k1 = -log u and k3 = (u - 1) - log u). log_beta, log_pi: (..., N)
+    log-probabilities of the samples; returns (..., N).
+
+    The gradient of the mean is unbiased too, in both arguments. That takes the factor pi / pi
+    below: samples do not move when pi does. Without it the gradient in pi of k1 is zero on
+    average, and that of k3 is the gradient of the *forward* KL.
+    """
+    h = log_beta - log_pi
+    value = divergence.f(h)
+    if low_variance:
+        value = value - divergence.f_prime(torch.zeros_like(h)) * _expm1(h)
+    return value * torch.exp(log_pi - log_pi.detach())
+
+
+def sample_kl(log_p, log_q, low_variance=True):
+    """One unbiased value of KL(p || q) per sample y ~ p: from demonstrations for the forward KL,
+    from the policy for the reverse. log_p, log_q: (..., N); returns (..., N), in nats."""
+    return sample_divergence(REVERSE_KL, log_beta=log_q, log_pi=log_p, low_variance=low_variance)
+
+
+def mean_and_variance(values):
+    """The estimate (...) from values (..., N) and the variance of that mean (its square root is
+    the standard error)."""
+    return values.mean(-1), values.var(-1) / values.shape[-1]
