@@ -32,39 +32,40 @@ CONTROLS = ("golden", "length", "random")     # selectors that know the truth, o
 
 
 class RewardModel(nn.Module):
-    """A transformer trunk, started from pi_0, with one scalar score per response token.
+    """A transformer trunk, started from pi_0, with a scalar reward at every response token.
 
-    head "sum":  r(x,y) = sum_t (w . h_t + b) over response tokens: the form of the optimum, which
-                 is a sum over tokens of log pi_SFT - log pi_0
-    head "last": r(x,y) = w . h_T + b at the last response token: the common reward head
+    head "sum":  r(x,y) = sum_t e(y_t) . (A h(s_t) + c), with h(s_t) the hidden state before y_t and
+                 e(y_t) the token's embedding: a reward of state and action, read out as logits are.
+                 It is the form of the optimum, sum_t log pi_SFT(y_t|s_t) - log pi_0(y_t|s_t)
+    head "last": r(x,y) = w . h + b after the last response token: the common reward head
+    Both start at r = 0, where D = 1/2.
     """
 
     def __init__(self, policy, head="sum"):
         super().__init__()
         self.trunk, self.head = copy.deepcopy(policy), head
-        self.score = nn.Linear(policy.config.n_embd, 1)
-        nn.init.zeros_(self.score.weight)       # D = 1/2 everywhere, whatever the length
+        D = policy.config.n_embd
+        self.score = nn.Linear(D, D if head == "sum" else 1)
+        nn.init.zeros_(self.score.weight)
         nn.init.zeros_(self.score.bias)
 
-    def token_scores(self, batch):
-        """w . h_t + b at each token, (B, T); zero outside the response."""
-        return self.score(self.trunk.hidden(batch.tokens)).squeeze(-1) * batch.response_mask()
+    def token_rewards(self, batch):
+        """r(s_t, y_t) at each token, (B, T), nats; zero outside the response. For head "sum"."""
+        states = self.score(self.trunk.hidden(batch.tokens)[:, :-1])        # (B, T-1, D)
+        rewards = (states * self.trunk.wte(batch.tokens[:, 1:])).sum(-1)
+        return F.pad(rewards, (1, 0)) * batch.response_mask()
 
     def forward(self, batch):
-        scores = self.token_scores(batch)
+        """r(x, y), (B,): the discriminator's logit, in nats per sequence."""
         if self.head == "sum":
-            return scores.sum(1)
-        return scores.gather(1, batch.lengths[:, None] - 1).squeeze(1)
+            return self.token_rewards(batch).sum(1)
+        rows = torch.arange(len(batch.lengths), device=batch.lengths.device)
+        return self.score(self.trunk.hidden(batch.tokens)[rows, batch.lengths - 1]).squeeze(-1)
 
 
 def log_ratio(sft, init):
     """The closed form h*(x,y) = log pi_SFT(y|x) - log pi_0(y|x), nats per sequence."""
     return lambda batch: logp_seq(sft, batch) - logp_seq(init, batch)
-
-
-def discriminator_loss(logit_positive, logit_negative):
-    """-E[log D(y+)] / 2 - E[log(1 - D(y-))] / 2 with D = sigmoid(logit): nats; log 2 at chance."""
-    return (F.softplus(-logit_positive).mean() + F.softplus(logit_negative).mean()) / 2
 
 
 def bradley_terry_loss(reward_preferred, reward_other):

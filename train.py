@@ -21,9 +21,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from divergences import discriminator_loss
 from model import (GPT, GPTConfig, InputError, bpe_tokenizer, collate, encode_documents, encode_pair,
                    load_pretrained, logp_token, save_pretrained, write_aside)
-from reward import HEADS, RewardModel, bradley_terry_loss, discriminator_loss
+from reward import HEADS, RewardModel, bradley_terry_loss
 from toy_envs.worlds import read_examples, read_texts
 
 
@@ -101,7 +102,7 @@ def length_batches(items, batch_size, rng):
 
 @dataclass
 class Schedule:
-    """How one stage is trained: AdamW, linear warm-up, cosine to a tenth, gradient clipping."""
+    """How one stage is trained: AdamW, linear warm-up, cosine to a hundredth, gradient clipping."""
     lr: float = setting(1e-3, "peak learning rate")
     epochs: float = setting(1.0, "passes over the data")
     batch_size: int = setting(64, "items per step")
@@ -112,7 +113,7 @@ class Schedule:
 
 
 def learning_rate(schedule, step, steps):
-    """Linear warm-up to schedule.lr, then half a cosine down to a tenth of it."""
+    """Linear warm-up to schedule.lr, then half a cosine down to a hundredth of it."""
     warmup = max(1, int(schedule.warmup * steps))
     if step < warmup:
         return schedule.lr * (step + 1) / warmup
@@ -132,7 +133,7 @@ def fit(model, items, loss_fn, schedule, rng, label="fit", held_out=None):
     vectors = [p for p in model.parameters() if p.dim() < 2]
     optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": schedule.weight_decay},
                                    {"params": vectors, "weight_decay": 0.0}],
-                                  lr=schedule.lr, betas=(0.9, 0.95), fused=True)
+                                  lr=schedule.lr, betas=(0.9, 0.99), fused=True)
     steps = max(1, math.ceil(schedule.epochs * len(items) / schedule.batch_size))
     looks = {math.ceil(steps * (i + 1) / schedule.evaluations) - 1 for i in range(schedule.evaluations)}
     history, best, best_state, queue = [], math.inf, None, []
