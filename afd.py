@@ -65,18 +65,25 @@ class Settings:
     gold: str = setting(None, "with --demos: FILE.py:FUNCTION, (prompt, response) -> float, as golden")
     n_corpus: int = setting(60000, "built-in tasks: documents of the base language for pi_0")
     n_demos: int = setting(4000, "demonstrations, at most")
-    n_samples: int = setting(8000, "samples of each policy for the reward models")
+    n_samples: int = setting(0, "samples of each policy for the reward models (0: 8000, or 1000 with "
+                                "--demos)")
     n_prompts: int = setting(200, "held-out prompts for the evaluation, at most")
-    n_candidates: int = setting(64, "largest N of best-of-N, a power of two")
+    n_candidates: int = setting(0, "largest N of best-of-N, a power of two (0: 64, or 16 with "
+                                   "--demos)")
     n_embd: int = setting(64, "width of the transformer")
     n_layer: int = setting(2, "its layers")
     n_head: int = setting(4, "its attention heads")
     vocab_size: int = setting(2048, "with --demos: size of the byte-level BPE vocabulary")
     max_prompt: int = setting(192, "with --demos: longest prompt in tokens; longer ones are skipped")
     max_response: int = setting(64, "with --demos: longest response in tokens; longer ones are cut")
-    pretrain_epochs: float = setting(1.0, "passes over the corpus")
+    pretrain_epochs: float = setting(0.0, "passes over the corpus (0: 1, or 4 with --demos)")
     sft_epochs: float = setting(2.0, "passes over the demonstrations")
     reward_epochs: float = setting(1.0, "passes over the reward models' pairs")
+
+
+# Built-in texts are drawn anew as often as wanted; a file of demonstrations is small and its texts
+# are long. Each pair: the value for a built-in task, the value with --demos.
+DEFAULTS = {"n_samples": (8000, 1000), "n_candidates": (64, 16), "pretrain_epochs": (1.0, 4.0)}
 
 
 def schedules(s):
@@ -315,7 +322,12 @@ def pick_samples(world, made, n):
 # ---- main ---------------------------------------------------------------------------------------
 
 def check(s):
-    """Refuse settings out of range, before anything is written. Raises InputError."""
+    """Fill in the defaults that depend on the data; refuse settings out of range, before anything is
+    written. Raises InputError.
+    """
+    for name, values in DEFAULTS.items():
+        if not getattr(s, name):
+            setattr(s, name, values[s.demos is not None])
     if not 0 <= s.heterogeneity <= 1:
         raise InputError(f"--heterogeneity must lie in [0, 1], not {s.heterogeneity}")
     if s.n_candidates < 1 or s.n_candidates & (s.n_candidates - 1):

@@ -83,7 +83,7 @@ def print_table(rows, records, n):
               f"{number(mean['win_vs_demo']):>9}{number(mean['kl_from_sft']):>7}"
               f"{number(mean['length_mean'], '{:.1f}'):>8}")
     print("\nwhat each reward model learned (rank correlation within a prompt; marks in sd of scores)")
-    print(f"{'':24}{'accuracy':>9}{'calib.':>8}{'golden':>8}{'length':>8}{'marks':>7}{'agrees with people':>16}")
+    print(f"{'':24}{'accuracy':>9}{'calib.':>8}{'golden':>8}{'length':>8}{'marks':>7}{'people agree':>16}")
     for name in dict.fromkeys(r["reward_model"] for r in records):
         mine = [r for r in records if r["reward_model"] == name]
         mean = {k: np.mean([r[k] for r in mine]) if mine[0][k] is not None else None

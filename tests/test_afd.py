@@ -1,0 +1,134 @@
+"""The whole line, small: what a run writes, that it repeats, and every bad input it refuses."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import afd
+from model import InputError, load_pretrained
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = ["--n-corpus", "300", "--n-demos", "60", "--n-samples", "60", "--n-prompts", "6",
+         "--n-candidates", "4", "--n-embd", "16", "--n-layer", "1", "--n-head", "2",
+         "--device", "cpu"]
+ROW_KEYS = ["task", "seed", "method", "reward_model", "n", "gold_mean", "gold_ci95", "win_vs_sft",
+            "win_vs_demo", "proxy_mean", "kl_from_sft", "length_mean"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("run") / "a"
+    return out, afd.main([*SMALL, "--heterogeneity", "0.5", "--seeds", "2", "--out", str(out)])
+
+
+def test_a_run_writes_what_it_promises(run):
+    out, results = run
+    written = json.loads((out / "results.json").read_text())
+    assert written["rows"] == results["rows"] and list(written["rows"][0]) == ROW_KEYS
+    assert written["config"]["heterogeneity"] == 0.5 and "torch" in written["versions"]
+    assert {"pretrain", "sft", "samples", "init-sft", "scores"} <= set(written["seconds"]["0"])
+    selectors = {r["reward_model"] for r in written["rows"] if r["method"] == "bon"}
+    assert selectors == {*afd.REWARD_MODELS, *afd.CONTROLS}
+    assert {(r["seed"], r["n"]) for r in written["rows"] if r["reward_model"] == "init-sft"} == {
+        (seed, n) for seed in (0, 1) for n in (1, 2, 4)}
+    for name in ("best_of_n.png", "reward_models.png"):
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
+    for name in ("init", "sft", "init-sft"):
+        load_pretrained(out / "seed1" / name)
+    assert not list(out.rglob("*.part"))
+    stages = {json.loads(line)["stage"] for line in (out / "metrics.jsonl").open()}
+    assert {"pretrain", "sft", "init-demo", "preference"} <= stages
+
+
+def test_rows_hold_together(run):
+    """N = 1 is SFT itself whatever selects; the golden selector is best; its proxy is golden."""
+    rows = run[1]["rows"]
+    for seed in (0, 1):
+        mine = [r for r in rows if r["seed"] == seed]
+        sft = next(r for r in mine if r["method"] == "sft")
+        assert sft["win_vs_sft"] == pytest.approx(0.5) and sft["kl_from_sft"] == 0
+        for r in mine:
+            if r["method"] == "bon" and r["n"] == 1:
+                assert r["gold_mean"] == pytest.approx(sft["gold_mean"])
+                assert r["kl_from_sft"] == 0
+        best = next(r for r in mine if (r["reward_model"], r["n"]) == ("golden", 4))
+        assert best["proxy_mean"] == pytest.approx(best["gold_mean"])
+        assert all(best["gold_mean"] >= r["gold_mean"] - 1e-9 for r in mine if r["method"] == "bon")
+
+
+def test_the_same_seed_gives_the_same_results(run, tmp_path):
+    """A difference here means an unseeded draw somewhere: no number could be reproduced."""
+    again = afd.main([*SMALL, "--heterogeneity", "0.5", "--seed", "1", "--out", str(tmp_path / "b")])
+    assert again["rows"] == [r for r in run[1]["rows"] if r["seed"] == 1]
+    assert again["reward_models"] == [r for r in run[1]["reward_models"] if r["seed"] == 1]
+
+
+def test_one_s_own_data(tmp_path, capsys):
+    """Dialogues in, agreement with the human choice out; golden stays empty where nobody knows it."""
+    rows = [{"chosen": f"\n\nHuman: say {i}\n\nAssistant: yes {i}",
+             "rejected": f"\n\nHuman: say {i}\n\nAssistant: no"} for i in range(60)]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (tmp_path / "p.txt").write_text("more?\n" + "long " * 300)
+    argv = [*SMALL, "--demos", str(tmp_path / "d.jsonl"), "--prompts", str(tmp_path / "p.txt"),
+            "--vocab-size", "300", "--max-prompt", "40", "--max-response", "8"]
+    results = afd.main([*argv, "--out", str(tmp_path / "o")])
+    assert "1 prompts longer than 40 tokens skipped" in capsys.readouterr().out
+    assert all(r["gold_mean"] is None for r in results["rows"]) and results["summary"] is None
+    for record in results["reward_models"]:
+        assert 0 <= record["human_agreement"] <= 1 and record["human_pairs"] == 12
+    (tmp_path / "g.py").write_text("def g(x, y):\n    return len(y)\n")
+    results = afd.main([*argv, "--gold", f"{tmp_path}/g.py:g", "--out", str(tmp_path / "o2")])
+    assert all(r["gold_mean"] is not None for r in results["rows"])
+
+
+def test_mean_and_difference_over_seeds_are_those_of_the_rows(run):
+    rows, summary = run[1]["rows"], run[1]["summary"]
+
+    def gold(seed, model):
+        return next(r["gold_mean"] for r in rows
+                    if (r["seed"], r["reward_model"], r["n"]) == (seed, model, 4))
+    assert summary["methods"]["init-sft"]["gold"][0] == pytest.approx(
+        (gold(0, "init-sft") + gold(1, "init-sft")) / 2)
+    difference = next(d for d in summary["differences"] if (d["a"], d["b"]) == ("init-sft", "init-demo"))
+    assert difference["mean"] == pytest.approx(
+        sum(gold(k, "init-sft") - gold(k, "init-demo") for k in (0, 1)) / 2)
+    assert summary["methods"]["golden"]["share_of_golden_gain"][0] == pytest.approx(1)
+    assert summary["methods"]["sft"]["share_of_golden_gain"][0] == 0
+
+
+BAD = [["--heterogeneity", "1.5"], ["--heterogeneity", "nan"], ["--task", "useless"], ["--nope"],
+       ["--seeds", "0"], ["--n-candidates", "3"], ["--n-head", "5"], ["--gold", "x.py:f"],
+       ["--demos", "gone.jsonl"], ["--device", "tpu"],
+       ["--demos", "one.jsonl"], ["--demos", "long.jsonl", "--max-prompt", "4"],
+       ["--demos", "ok.jsonl", "--gold", "gone.py:f"], ["--demos", "ok.jsonl", "--corpus", "gone.txt"]]
+if not torch.cuda.is_available():
+    BAD.append(["--device", "cuda"])
+
+
+@pytest.mark.parametrize("argv", BAD, ids=lambda argv: " ".join(argv))
+def test_bad_input_is_refused_before_anything_is_written(argv, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    row = json.dumps({"prompt": "a fairly long prompt, of many tokens", "response": "y"}) + "\n"
+    for name, count in (("one", 1), ("long", 20), ("ok", 20)):
+        (tmp_path / f"{name}.jsonl").write_text(row * count)
+    with pytest.raises(InputError) as error:
+        afd.main([*argv, "--out", "fresh"])
+    assert "\n" not in str(error.value) and not (tmp_path / "fresh").exists()
+
+
+def test_a_folder_with_another_run_is_refused(run):
+    with pytest.raises(InputError, match="another run"):
+        afd.main([*SMALL, "--out", str(run[0])])
+    assert (run[0] / "results.json").exists()
+
+
+def test_from_the_shell_bad_input_is_one_line_and_status_2(tmp_path):
+    got = subprocess.run([sys.executable, str(ROOT / "afd.py"), "--task", "useless"], cwd=tmp_path,
+                         capture_output=True, text=True)
+    assert got.returncode == 2 and got.stdout == ""
+    assert got.stderr.startswith("error: ") and got.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
