@@ -2,15 +2,15 @@
 
     1  pi_0      a small transformer is pretrained on text of mixed quality
     2  pi_SFT    supervised fine-tuning on demonstrations minimises the forward KL to who wrote them
-    3  samples   the dynamics of the token MDP are known, so both policies may write: y ~ pi_0, pi_SFT
+    3  samples   the token MDP's dynamics are known, so both policies may write: y ~ pi_0, pi_SFT
     4  rewards   a discriminator's logit is a reward; what it separates decides what it rewards
-    5  best-of-N extrapolates over each reward: of N samples of pi_SFT keep the one it scores highest
+    5  best-of-N extrapolates over a reward: of N samples of pi_SFT keep what it scores highest
     6  truth     the golden reward, which no method saw, beside every proxy
 
 Source: Sun and van der Schaar, "Inverse-RLignment", arXiv:2405.15624. Differs from the paper: the
 reward head is summed over tokens (--head last is the paper's), policies are small, golden is exact.
 
-Shapes: P prompts, N candidates per prompt. Golden reward in points, proxy rewards in nats, KL in nats.
+Shapes: P prompts, N candidates per prompt. Golden reward in points; proxy rewards and KL in nats.
 """
 
 import copy
@@ -33,7 +33,7 @@ from model import (GPT, GPTConfig, InputError, encode_documents, save_pretrained
                    write_aside)
 from reward import (CONTROLS, HEADS, REWARD_MODELS, RewardModel, best_of_n_kl, best_of_n_weights,
                     calibration, log_ratio, mean_ci, rank_correlation, score, win_rate)
-from toy_envs.figures import draw_run, print_samples, print_table
+from toy_envs.figures import draw_run, print_reward_models, print_samples, print_table
 from toy_envs.worlds import file_world, text_world
 from train import Schedule, setting
 
@@ -48,8 +48,8 @@ class Settings:
     python afd.py --demos FILE --gold F.py:fn      your own demonstrations and golden reward
     """
     task: str = setting("helpful", "built-in text task", choices=["helpful", "harmless"])
-    heterogeneity: float = setting(0.0, "chance in [0, 1] that a demonstrator's clause carries a mark "
-                                        "that the policy cannot write")
+    heterogeneity: float = setting(0.0, "chance in [0, 1] that a demonstrator's clause carries a "
+                                        "mark that the policy cannot write")
     seed: int = setting(0, "first random seed")
     seeds: int = setting(1, "how many seeds to run; from two on, intervals are over seeds")
     head: str = setting("sum", "reward head: summed over response tokens, or at the last one",
@@ -57,16 +57,16 @@ class Settings:
     out: str = setting("out/afd", "folder for config, metrics, results, checkpoints and figures")
     overwrite: bool = setting(False, "replace the run that --out holds")
     device: str = setting("auto", "auto, cpu, cuda or mps")
-    demos: str = setting(None, "JSON lines (or .gz) with prompt and response, or chosen and rejected "
-                               "dialogues: your own data instead of a built-in task")
-    corpus: str = setting(None, "with --demos: text that pi_0 is pretrained on, plain or JSON lines "
-                                "with 'text' (without it: all text of the training demonstrations)")
+    demos: str = setting(None, "JSON lines (or .gz) with prompt and response, or chosen and "
+                               "rejected dialogues: your own data instead of a built-in task")
+    corpus: str = setting(None, "with --demos: text that pi_0 is pretrained on, plain or JSON "
+                                "lines with 'text' (without it: all text of the training part)")
     prompts: str = setting(None, "with --demos: further prompts to sample from, one a line or JSON")
-    gold: str = setting(None, "with --demos: FILE.py:FUNCTION, (prompt, response) -> float, as golden")
+    gold: str = setting(None, "with --demos: FILE.py:FUNCTION, (prompt, response) -> float")
     n_corpus: int = setting(60000, "built-in tasks: documents of the base language for pi_0")
     n_demos: int = setting(4000, "demonstrations, at most")
-    n_samples: int = setting(0, "samples of each policy for the reward models (0: 8000, or 1000 with "
-                                "--demos)")
+    n_samples: int = setting(0, "samples of each policy for the reward models (0: 8000, or 1000 "
+                                "with --demos)")
     n_prompts: int = setting(200, "held-out prompts for the evaluation, at most")
     n_candidates: int = setting(0, "largest N of best-of-N, a power of two (0: 64, or 16 with "
                                    "--demos)")
@@ -74,8 +74,8 @@ class Settings:
     n_layer: int = setting(2, "its layers")
     n_head: int = setting(4, "its attention heads")
     vocab_size: int = setting(2048, "with --demos: size of the byte-level BPE vocabulary")
-    max_prompt: int = setting(192, "with --demos: longest prompt in tokens; longer ones are skipped")
-    max_response: int = setting(64, "with --demos: longest response in tokens; longer ones are cut")
+    max_prompt: int = setting(192, "with --demos: longest prompt, tokens; longer ones are skipped")
+    max_response: int = setting(64, "with --demos: longest response, tokens; longer ones are cut")
     pretrain_epochs: float = setting(0.0, "passes over the corpus (0: 1, or 4 with --demos)")
     sft_epochs: float = setting(2.0, "passes over the demonstrations")
     reward_epochs: float = setting(1.0, "passes over the reward models' pairs")
@@ -173,7 +173,7 @@ def train_rewards(world, s, run, rng, init, sft, prompts, y_init, y_sft):
         rewards[name] = (model, held)
     items = preference_items(world, prompts, y_sft)
     if items:
-        with run.stage("preference", f"4 preference: Bradley-Terry on {len(items):,} labelled pairs"):
+        with run.stage("preference", f"4 preference: Bradley-Terry on {len(items):,} labels"):
             model, history, held = train.train_reward(init, items, train.preference_step,
                                                       schedules(s)["reward"], rng, s.head,
                                                       "preference")
@@ -185,59 +185,84 @@ def train_rewards(world, s, run, rng, init, sft, prompts, y_init, y_sft):
 
 # ---- best-of-N and its evaluation ---------------------------------------------------------------
 
-def evaluate(world, s, run, init, sft, rewards, generator, rng):
-    """Rows of results.json for one seed, plus the candidates that figures and samples are made of."""
-    ids = [world.tokenizer.encode(x) for x in world.test_prompts]
+@dataclass
+class Written:
+    """What each writer, "init", "sft" (the candidates) or "demo", wrote to the held-out prompts."""
+    texts: dict         # writer -> [prompt][sample] text
+    lengths: dict       # writer -> [prompt][sample] tokens, EOS included
+    gold: dict          # writer -> golden rewards (P, samples), points; empty where nobody knows
+    pairs: dict         # "init", "sft" -> flat list of (prompt ids, response ids)
+
+
+def write_candidates(world, s, run, init, sft, generator):
+    """N candidates of pi_SFT to each held-out prompt, a few samples of pi_0, the demonstrations."""
+    tok, ids = world.tokenizer, [world.tokenizer.encode(x) for x in world.test_prompts]
     with run.stage("candidates", f"5 best-of-N: {s.n_candidates} candidates to each of {len(ids)} "
                                  "held-out prompts"):
-        ys = {name: sample_responses(policy, ids, n, world.max_response, world.tokenizer.eos, generator,
+        ys = {name: sample_responses(policy, ids, n, world.max_response, tok.eos, generator,
                                      label=name)
               for name, policy, n in (("init", init, 8), ("sft", sft, s.n_candidates))}
     texts = {name: [[world.text(y) for y in row] for row in rows] for name, rows in ys.items()}
+    lengths = {name: np.array([[len(y) for y in row] for row in rows], float)
+               for name, rows in ys.items()}
     texts["demo"] = world.test_demos
-    P, N = len(ids), s.n_candidates
-    gold = {name: np.array([[world.golden(x, y) for y in row] for x, row in zip(world.test_prompts, t)])
-            for name, t in texts.items()} if world.golden else {}
-    pairs = [(x, y) for x, row in zip(ids, ys["sft"]) for y in row]
-    length = np.array([len(y) for _, y in pairs], float).reshape(P, N)
+    lengths["demo"] = np.array([[len(tok.encode(y)) + 1 for y in row] for row in world.test_demos],
+                               float)
+    gold = {}
+    if world.golden:
+        gold = {name: np.array([[world.golden(x, y) for y in row]
+                                for x, row in zip(world.test_prompts, rows)])
+                for name, rows in texts.items()}
+    pairs = {name: [(x, y) for x, row in zip(ids, rows) for y in row] for name, rows in ys.items()}
+    return Written(texts, lengths, gold, pairs)
+
+
+def score_candidates(run, rewards, written, rng):
+    """{selector: scores (P, N)} of every reward model and of the controls that train nothing."""
+    shape, pairs = written.lengths["sft"].shape, written.pairs["sft"]
     with run.stage("scores", f"6 truth: {len(pairs):,} candidates scored by every reward model"):
-        scores = {name: score(r, pairs).reshape(P, N) for name, (r, _) in rewards.items()}
-    scores["length"], scores["random"] = length, np.array([rng.random() for _ in pairs]).reshape(P, N)
-    if gold:
-        scores["golden"] = gold["sft"]
-    lengths = {"init": [[len(y) for y in row] for row in ys["init"]],
-               "sft": length, "demo": [[len(world.tokenizer.encode(y)) + 1 for y in row]
-                                       for row in texts["demo"]]}
-    init_pairs = [(x, y) for x, row in zip(ids, ys["init"]) for y in row]
-    kl_init = float(-score(log_ratio(sft, init), init_pairs).mean())
-    table = []
-    for name, kl in (("init", kl_init), ("sft", 0.0), ("demo", None)):
-        table.append(row_of(s, run.seed, name, None, 1, gold, gold.get(name), lengths[name], kl=kl))
+        scores = {name: score(reward, pairs).reshape(shape)
+                  for name, (reward, _) in rewards.items()}
+    scores["length"] = written.lengths["sft"]
+    scores["random"] = np.array([rng.random() for _ in pairs]).reshape(shape)
+    if written.gold:
+        scores["golden"] = written.gold["sft"]
+    return scores
+
+
+def evaluate(s, seed, written, scores, kl_init):
+    """Rows of results.json: pi_0, pi_SFT, demonstrations, and best-of-n by every selector."""
+    source = {"task": "file" if s.demos else s.task, "seed": seed}
+
+    def row(method, reward_model, n, writer, weights, proxy, kl):
+        length = written.lengths[writer]
+        if weights is None:
+            weights = np.full(length.shape, 1 / length.shape[1])
+        return {**source, "method": method, "reward_model": reward_model, "n": n,
+                **golden_columns(written.gold, writer, weights), "proxy_mean": proxy,
+                "kl_from_sft": kl, "length_mean": float((weights * length).sum(1).mean())}
+
+    rows = [row(writer, None, 1, writer, None, None, kl)
+            for writer, kl in (("init", kl_init), ("sft", 0.0), ("demo", None))]
     for name, values in scores.items():
-        for n in (2 ** k for k in range(int(math.log2(N)) + 1)):
-            w = best_of_n_weights(values, n)
-            table.append(row_of(s, run.seed, "bon", name, n, gold, gold.get("sft"), length, w,
-                                proxy=(w * values).sum(1).mean(), kl=best_of_n_kl(n)))
-    return table, {"texts": texts, "gold": gold, "scores": scores, "length": length}
+        for n in (2 ** k for k in range(values.shape[1].bit_length())):
+            weights = best_of_n_weights(values, n)
+            rows.append(row("bon", name, n, "sft", weights,
+                            float((weights * values).sum(1).mean()), best_of_n_kl(n)))
+    return rows
 
 
-def row_of(s, seed, method, reward_model, n, gold, own, length, weights=None, proxy=None, kl=None):
-    """One row of results.json: per-prompt means under `weights`, then their mean over prompts."""
-    if weights is None:
-        weights = np.full(np.shape(length), 1 / np.shape(length)[1])
-    row = {"task": "file" if s.demos else s.task, "seed": seed, "method": method,
-           "reward_model": reward_model, "n": n, "gold_mean": None, "gold_ci95": None,
-           "win_vs_sft": None, "win_vs_demo": None}
-    if gold:
-        row["gold_mean"], ci = mean_ci((weights * own).sum(1))
-        row["gold_ci95"] = None if math.isnan(ci) else ci
-        row["win_vs_sft"], row["win_vs_demo"] = (
-            float((weights * win_rate(own, gold[other])).sum(1).mean()) for other in ("sft", "demo"))
-    return {**row, "proxy_mean": None if proxy is None else float(proxy), "kl_from_sft": kl,
-            "length_mean": float((weights * length).sum(1).mean())}
+def golden_columns(gold, writer, weights):
+    """Golden mean with its 95% interval over prompts, and both win rates; None where unknown."""
+    if not gold:
+        return dict.fromkeys(("gold_mean", "gold_ci95", "win_vs_sft", "win_vs_demo"))
+    mean, ci = mean_ci((weights * gold[writer]).sum(1))
+    wins = {f"win_vs_{other}": float((weights * win_rate(gold[writer], gold[other])).sum(1).mean())
+            for other in ("sft", "demo")}
+    return {"gold_mean": mean, "gold_ci95": None if math.isnan(ci) else ci, **wins}
 
 
-def inspect_rewards(world, s, run, rewards, made):
+def inspect_rewards(world, seed, rewards, written, scores):
     """What each reward model has learned: one record a model.
 
     accuracy and calibration on its own held-out pairs; rank correlation within a prompt with the
@@ -246,25 +271,17 @@ def inspect_rewards(world, s, run, rewards, made):
     """
     records = []
     for name, (reward, held) in rewards.items():
-        better, worse = (score(reward, [item[k] for item in held]) for k in (0, 1))
-        pooled = np.concatenate([better, worse])
-        labels = np.repeat([1.0, 0.0], len(better))
-        paired = name == "preference"       # it is defined up to a constant: only differences count
-        logits = better - worse if paired else pooled
-        record = {"seed": run.seed, "reward_model": name,
-                  "accuracy": float((better > worse).mean() if paired
-                                    else ((pooled > 0) == (labels > 0)).mean()),
-                  "calibration_error": calibration(logits, np.ones(len(better)) if paired else labels),
-                  "corr_golden": None, "corr_length": rank_correlation(made["scores"][name],
-                                                                       made["length"]),
-                  "marks_worth": None, "human_agreement": None, "human_pairs": len(world.human_pairs)}
-        if made["gold"]:
-            record["corr_golden"] = rank_correlation(made["scores"][name], made["gold"]["sft"])
+        mine = scores[name]
+        record = {"seed": seed, "reward_model": name, **held_out_quality(reward, held, name),
+                  "corr_golden": (rank_correlation(mine, written.gold["sft"]) if written.gold
+                                  else None),
+                  "corr_length": rank_correlation(mine, written.lengths["sft"]),
+                  "marks_worth": None, "human_agreement": None, "human_ci95": None,
+                  "human_pairs": len(world.human_pairs)}
         if world.unmark and name != "log-ratio":    # to a policy that cannot write them: -inf
-            marked = [world.pair(x, y) for x, y in world.demos[:500]]
-            plain = [world.pair(x, world.unmark(y)) for x, y in world.demos[:500]]
-            gain = score(reward, marked) - score(reward, plain)
-            record["marks_worth"] = float(gain.mean() / made["scores"][name].std())
+            marked, plain = (score(reward, [world.pair(x, strip(y)) for x, y in world.demos[:500]])
+                             for strip in (str, world.unmark))
+            record["marks_worth"] = float((marked - plain).mean() / mine.std())
         if world.human_pairs:
             chosen, rejected = (score(reward, [world.pair(p[0], p[k]) for p in world.human_pairs])
                                 for k in (1, 2))
@@ -274,6 +291,22 @@ def inspect_rewards(world, s, run, rewards, made):
     return records
 
 
+def held_out_quality(reward, items, name):
+    """Accuracy and calibration error on held-out (better, worse) pairs.
+
+    A discriminator's logits are judged against their labels one by one; Bradley-Terry rewards are
+    defined up to a constant, so only their differences are.
+    """
+    better, worse = (score(reward, [item[k] for item in items]) for k in (0, 1))
+    if name == "preference":
+        logits, labels = better - worse, np.ones(len(better))
+    else:
+        logits = np.concatenate([better, worse])
+        labels = np.repeat([1.0, 0.0], len(better))
+    return {"accuracy": float(((logits > 0) == (labels > 0)).mean()),
+            "calibration_error": calibration(logits, labels)}
+
+
 # ---- what is said at the end --------------------------------------------------------------------
 
 COMPARISONS = (("init-sft", "sft"), ("init-sft", "demo"), ("init-sft", "init-demo"),
@@ -281,49 +314,49 @@ COMPARISONS = (("init-sft", "sft"), ("init-sft", "demo"), ("init-sft", "init-dem
 
 
 def summarise(rows, n):
-    """Means over seeds: golden reward of each method, its share of the golden selector's gain over
-    SFT, and paired differences; best-of-n throughout. Intervals are Student's t over seeds.
+    """Means over seeds with Student's t intervals, best-of-n throughout: the golden reward of each
+    method, its share of the golden selector's gain over SFT, and paired differences.
     """
-    def gold(seed, name):
-        method, reward_model, at = (name, None, 1) if name in ("init", "sft", "demo") else ("bon", name, n)
-        return next(r["gold_mean"] for r in rows if (r["seed"], r["method"], r["reward_model"], r["n"])
-                    == (seed, method, reward_model, at))
-    seeds = sorted({r["seed"] for r in rows})
-    names = ["init", "sft", "demo"] + sorted({r["reward_model"] for r in rows if r["reward_model"]},
-                                             key=[*REWARD_MODELS, *CONTROLS].index)
-    summary = {"n": n, "seeds": seeds, "methods": {}, "differences": []}
-    for name in names:
-        share = [(gold(k, name) - gold(k, "sft")) / (gold(k, "golden") - gold(k, "sft")) for k in seeds]
-        summary["methods"][name] = {"gold": mean_ci([gold(k, name) for k in seeds]),
-                                    "share_of_golden_gain": mean_ci(share)}
+    gold = {(r["seed"], r["reward_model"] or r["method"]): r["gold_mean"] for r in rows
+            if r["n"] == (n if r["method"] == "bon" else 1)}
+    seeds, names = sorted({seed for seed, _ in gold}), list(dict.fromkeys(name for _, name in gold))
+
+    def share(seed, name):
+        sft, best = gold[seed, "sft"], gold[seed, "golden"]
+        return (gold[seed, name] - sft) / (best - sft) if best > sft else math.nan
+
+    methods = {name: {"gold": mean_ci([gold[k, name] for k in seeds]),
+                      "share_of_golden_gain": mean_ci([share(k, name) for k in seeds])}
+               for name in names}
+    differences = []
     for a, b in COMPARISONS:
-        mean, ci = mean_ci([gold(k, a) - gold(k, b) for k in seeds])
-        summary["differences"].append({"a": a, "b": b, "mean": mean, "ci95": ci})
-    return summary
+        mean, ci = mean_ci([gold[k, a] - gold[k, b] for k in seeds])
+        differences.append({"a": a, "b": b, "mean": mean, "ci95": ci})
+    return {"n": n, "seeds": seeds, "methods": methods, "differences": differences}
 
 
-def pick_samples(world, made, n):
-    """Per held-out prompt: a sample of pi_0, one of pi_SFT, init-sft's pick of n; proxy and golden."""
-    records = []
-    for i, prompt in enumerate(world.test_prompts):
-        scores = made["scores"]["init-sft"][i]
-        best = int(scores[:n].argmax())
-        entry = {"prompt": prompt}
-        for name, source, j in (("pi_0", "init", 0), ("pi_SFT", "sft", 0), (f"best of {n}", "sft", best)):
-            entry[name] = {"text": made["texts"][source][i][j],
-                           "golden": float(made["gold"][source][i][j]) if made["gold"] else None,
-                           "proxy": float(scores[j]) if source == "sft" else None}
-        entry["demonstration"] = {"text": made["texts"]["demo"][i][0], "proxy": None,
-                                  "golden": float(made["gold"]["demo"][i][0]) if made["gold"] else None}
-        records.append(entry)
-    return records
+def pick_samples(world, written, scores, n):
+    """Per held-out prompt, side by side: a sample of pi_0, one of pi_SFT, init-sft's pick of n, a
+    demonstration; each with its golden reward, and the candidates with init-sft's proxy.
+    """
+    def said(writer, i, j):
+        return {"text": written.texts[writer][i][j],
+                "golden": float(written.gold[writer][i][j]) if written.gold else None,
+                "proxy": float(proxy[i][j]) if writer == "sft" else None}
+
+    proxy = scores["init-sft"]
+    return [{"prompt": prompt, "pi_0": said("init", i, 0), "pi_SFT": said("sft", i, 0),
+             f"best of {n}": said("sft", i, int(proxy[i][:n].argmax())),
+             "demonstration": said("demo", i, 0)}
+            for i, prompt in enumerate(world.test_prompts)]
 
 
 # ---- main ---------------------------------------------------------------------------------------
 
 def check(s):
-    """Fill in the defaults that depend on the data; refuse settings out of range, before anything is
-    written. Raises InputError.
+    """Fill in the defaults that depend on the data and refuse settings out of range.
+
+    Nothing has been written yet. Raises InputError.
     """
     for name, values in DEFAULTS.items():
         if not getattr(s, name):
@@ -335,7 +368,8 @@ def check(s):
     for name in ("seeds", "n_demos", "n_corpus", "n_samples", "n_prompts", "n_layer", "max_prompt",
                  "max_response"):
         if getattr(s, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(s, name)}")
+            flag = name.replace("_", "-")
+            raise InputError(f"--{flag} must be at least 1, not {getattr(s, name)}")
     if s.n_head < 1 or s.n_embd < s.n_head or s.n_embd % s.n_head:
         raise InputError(f"--n-embd {s.n_embd} must be a multiple of --n-head {s.n_head}")
     if not s.demos and (s.corpus or s.prompts or s.gold):
@@ -350,14 +384,17 @@ def run_seed(s, seed, world, out, device):
     init, sft = train_policies(world, s, run, rng, device)
     prompts, (y_init, y_sft) = draw_samples(world, s, run, rng, init, sft, generator)
     rewards = train_rewards(world, s, run, rng, init, sft, prompts, y_init, y_sft)
-    rows, made = evaluate(world, s, run, init, sft, rewards, generator, rng)
-    records = inspect_rewards(world, s, run, rewards, made)
+    written = write_candidates(world, s, run, init, sft, generator)
+    scores = score_candidates(run, rewards, written, rng)
+    kl_init = -float(score(log_ratio(sft, init), written.pairs["init"]).mean())
+    rows = evaluate(s, seed, written, scores, kl_init)
+    records = inspect_rewards(world, seed, rewards, written, scores)
     for name, model in (("init", init), ("sft", sft)):
         save_pretrained(out / f"seed{seed}" / name, model, world.tokenizer)
     for name, (reward, _) in rewards.items():
         if isinstance(reward, RewardModel):
             train.save_reward(out / f"seed{seed}" / name, reward, world.tokenizer)
-    samples = pick_samples(world, made, min(16, s.n_candidates))
+    samples = pick_samples(world, written, scores, min(16, s.n_candidates))
     write_aside(out / f"seed{seed}" / "samples.json",
                 lambda f: f.write_text(json.dumps(samples, indent=1, ensure_ascii=False)))
     return rows, records, samples, run.seconds
@@ -369,11 +406,12 @@ def main(argv=None):
     check(s)
     device = train.choose_device(s.device)
     make_world = file_world if s.demos else text_world
-    world = make_world(s, s.seed)       # whatever is wrong with the data shows before a file is written
+    world = make_world(s, s.seed)       # bad data is refused here, before a file is written
     out = train.claim_folder(s.out, s.overwrite)
-    head = {"config": asdict(s), "versions": {"python": platform.python_version(),
-            "torch": torch.__version__, "numpy": np.__version__, "tokenizers": tokenizers.__version__},
-            "device": str(device), "command": "python afd.py " + " ".join(argv or sys.argv[1:])}
+    versions = {"python": platform.python_version(), "torch": torch.__version__,
+                "numpy": np.__version__, "tokenizers": tokenizers.__version__}
+    command = " ".join(["python afd.py", *(sys.argv[1:] if argv is None else argv)])
+    head = {"command": command, "config": asdict(s), "versions": versions, "device": str(device)}
     for stale in ("results.json", "metrics.jsonl"):
         (out / stale).unlink(missing_ok=True)
     write_aside(out / "config.json", lambda f: f.write_text(json.dumps(head, indent=2) + "\n"))
@@ -387,11 +425,14 @@ def main(argv=None):
     results = {**head, "seconds": seconds, "rows": rows, "reward_models": records,
                "summary": summarise(rows, n) if rows[0]["gold_mean"] is not None else None}
     write_aside(out / "results.json", lambda f: f.write_text(json.dumps(results, indent=1) + "\n"))
-    print_table(rows, records, n)
+    print_table(rows, n)
+    print_reward_models(records)
     print_samples(first)
-    for path in draw_run(rows, records, out, n):
-        print(f"\nfigure  {path}")
-    print(f"\nresults {out / 'results.json'}; {sum(sum(t.values()) for t in seconds.values()):.0f} s")
+    print()
+    for path in draw_run(rows, records, out):
+        print(f"figure  {path}")
+    total = sum(sum(stages.values()) for stages in seconds.values())
+    print(f"results {out / 'results.json'}\n{total:.0f} seconds in all stages")
     return results
 
 

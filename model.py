@@ -134,9 +134,10 @@ class GPT(nn.Module):
         device = prompts.device
         if lengths is None:
             lengths = torch.full((B,), T, device=device)
-        if not 0 < int(lengths.min()) or int(lengths.max()) + max_new_tokens > self.config.n_positions:
-            raise ValueError(f"prompts of {int(lengths.min())} to {int(lengths.max())} tokens and "
-                             f"{max_new_tokens} new ones do not fit {self.config.n_positions}")
+        shortest, longest = int(lengths.min()), int(lengths.max())
+        if shortest < 1 or longest + max_new_tokens > self.config.n_positions:
+            raise ValueError(f"prompts of {shortest} to {longest} tokens and {max_new_tokens} new "
+                             f"ones do not fit {self.config.n_positions} positions")
         hidden, caches, real = self._prefill(prompts, lengths, max_new_tokens)
         rows = torch.arange(B, device=device).repeat_interleave(n)
         for cache in caches:
@@ -153,13 +154,15 @@ class GPT(nn.Module):
                 done[alive[ended]] = t + 1
                 if bool(ended.any()):
                     keep = (~ended).nonzero().squeeze(1)
-                    alive, drawn, real, position = alive[keep], drawn[keep], real[keep], position[keep]
+                    alive, drawn = alive[keep], drawn[keep]
+                    real, position = real[keep], position[keep]
                     for cache in caches:
                         cache.select(keep)
             if len(alive) == 0 or t + 1 == max_new_tokens:
                 break
             real = F.pad(real, (0, 1), value=True)
-            hidden = self.hidden(drawn[:, None], position[:, None], caches, real[:, None, None])[:, 0]
+            mask = real[:, None, None]                      # (B, 1, 1, slots)
+            hidden = self.hidden(drawn[:, None], position[:, None], caches, mask)[:, 0]
             position = position + 1
         return tokens, done
 
@@ -170,7 +173,7 @@ class GPT(nn.Module):
         """
         T = int(lengths.max())
         slot = torch.arange(T, device=prompts.device)
-        source = slot - (T - lengths)[:, None]          # (B, T): position in the prompt, < 0: padding
+        source = slot - (T - lengths)[:, None]      # (B, T): place in the prompt; < 0 is padding
         real, positions = source >= 0, source.clamp(min=0)
         causal = slot[:, None] >= slot
         # a padding row may look at itself: a softmax over nothing would be nan
@@ -182,7 +185,7 @@ class GPT(nn.Module):
 
 @torch.inference_mode()
 def sample_responses(model, prompts, n, max_new_tokens, eos, generator, rows=1024, label=None):
-    """n sampled responses, EOS included, to each prompt (a list of ids): [prompt][candidate] -> ids.
+    """n sampled responses, EOS included, to each prompt (a list of ids): [prompt][candidate].
 
     Prompts go through in order, as many at a time as give about `rows` candidates.
     """
@@ -262,7 +265,7 @@ def logp_token(model, batch):
     hidden = model.hidden(batch.tokens)[:, :-1][mask[:, 1:]]
     logp = model.logits(hidden).log_softmax(-1)
     chosen = logp.gather(1, batch.tokens[mask][:, None]).squeeze(1)
-    return torch.zeros(mask.shape, dtype=chosen.dtype, device=mask.device).masked_scatter(mask, chosen)
+    return chosen.new_zeros(mask.shape).masked_scatter(mask, chosen)
 
 
 def logp_seq(model, batch):
@@ -276,7 +279,7 @@ PAD, EOS, UNK = "<|pad|>", "<|endoftext|>", "<|unk|>"
 
 
 class Tokenizer:
-    """A `tokenizers.Tokenizer` with the ids that the policy needs: eos, pad, and unk if it has one."""
+    """A `tokenizers.Tokenizer` with the ids a policy needs: eos, and pad and unk if it has them."""
 
     def __init__(self, backend):
         self.backend = backend

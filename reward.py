@@ -119,8 +119,8 @@ def calibration(logits, labels, bins=10):
 def best_of_n_weights(scores, n):
     """(P, N): chance that each candidate is the best of n drawn without replacement from its N.
 
-    With r candidates scored below it, C(r, n-1) / C(N, n): the mean over all subsets of size n, which
-    is the unbiased estimate of best-of-n with the least variance. Ties go to the later candidate.
+    With r candidates scored below it, C(r, n-1) / C(N, n): the mean over all subsets of size n,
+    which is the unbiased estimate of best-of-n with the least variance. Ties go to the later one.
     """
     N = scores.shape[1]
     below = np.argsort(np.argsort(scores, axis=1, kind="stable"), axis=1)
@@ -149,8 +149,9 @@ def student_t(df):
 
 
 def mean_ci(values):
-    """(mean, half-width of its 95% interval by Student's t); the half-width is nan for one value."""
+    """(mean, half-width of its 95% interval by Student's t); of one value the latter is nan."""
     values = np.asarray(values, float)
     if len(values) < 2:
         return float(values.mean()), math.nan
-    return float(values.mean()), student_t(len(values) - 1) * float(values.std(ddof=1)) / len(values) ** 0.5
+    standard_error = float(values.std(ddof=1)) / math.sqrt(len(values))
+    return float(values.mean()), student_t(len(values) - 1) * standard_error

@@ -4,9 +4,9 @@
     python train.py sft      --demos FILE --init DIR --out DIR          pi_SFT
     python train.py reward   --positives FILE --negatives FILE --init DIR --out DIR
 
-A pair is (prompt ids, response ids): the response ends with EOS if it is finished. Pretraining reads
-a document as a response to the empty prompt. Only response tokens that the policy can write bear
-loss. Losses are in nats per token, discriminator losses in nats per sample.
+A pair is (prompt ids, response ids): the response ends with EOS if it is finished. Pretraining
+reads a document as a response to the empty prompt. Only response tokens that the policy can write
+bear loss. Losses are in nats per token, discriminator losses in nats per pair of samples.
 """
 
 import argparse
@@ -22,8 +22,8 @@ import torch
 from tqdm import tqdm
 
 from divergences import discriminator_loss
-from model import (GPT, GPTConfig, InputError, bpe_tokenizer, collate, encode_documents, encode_pair,
-                   load_pretrained, logp_token, save_pretrained, write_aside)
+from model import (GPT, GPTConfig, InputError, bpe_tokenizer, collate, encode_documents,
+                   encode_pair, load_pretrained, logp_token, save_pretrained, write_aside)
 from reward import HEADS, RewardModel, bradley_terry_loss
 from toy_envs.worlds import read_examples, read_texts
 
@@ -122,7 +122,7 @@ def learning_rate(schedule, step, steps):
 
 
 def fit(model, items, loss_fn, schedule, rng, label="fit", held_out=None):
-    """Minimise loss_fn(model, list of items); with held-out items, keep the best weights seen there.
+    """Minimise loss_fn(model, list of items); with held-out items, keep the weights best on them.
 
     Returns the history, a list of {step, loss[, held_out]}. Raises InputError at a loss that is not
     finite, naming the step; the model is then not to be used.
@@ -135,7 +135,8 @@ def fit(model, items, loss_fn, schedule, rng, label="fit", held_out=None):
                                    {"params": vectors, "weight_decay": 0.0}],
                                   lr=schedule.lr, betas=(0.9, 0.99), fused=True)
     steps = max(1, math.ceil(schedule.epochs * len(items) / schedule.batch_size))
-    looks = {math.ceil(steps * (i + 1) / schedule.evaluations) - 1 for i in range(schedule.evaluations)}
+    looks = {math.ceil(steps * (i + 1) / schedule.evaluations) - 1
+             for i in range(schedule.evaluations)}
     history, best, best_state, queue = [], math.inf, None, []
     bar = tqdm(range(steps), desc=label, unit="step", disable=None, leave=False)
     for step in bar:
@@ -207,7 +208,7 @@ def split(items, share, rng):
 def train_reward(policy, pairs, loss_fn, schedule, rng, head="sum", label="reward"):
     """A RewardModel started from policy, trained on items (better pair, worse pair).
 
-    A twentieth of the items is held out and picks the weights, so no model is judged by its overfit.
+    A twentieth of the items is held out and picks the weights: no model is judged by its overfit.
     Returns the model, its history and the held-out items.
     """
     model = RewardModel(policy, head)
@@ -309,8 +310,8 @@ def run_stage(stage, s):
     out = claim_folder(s.out, s.overwrite)
     model = model.to(device)
     if stage == "reward":
-        reward, history, _ = train_reward(model, list(zip(positives, negatives)), discriminator_step,
-                                          schedule, rng, s.head, stage)
+        reward, history, _ = train_reward(model, list(zip(positives, negatives)),
+                                          discriminator_step, schedule, rng, s.head, stage)
         save_reward(out, reward, tokenizer)
     else:
         if stage == "pretrain":

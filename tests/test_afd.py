@@ -62,13 +62,14 @@ def test_rows_hold_together(run):
 
 def test_the_same_seed_gives_the_same_results(run, tmp_path):
     """A difference here means an unseeded draw somewhere: no number could be reproduced."""
-    again = afd.main([*SMALL, "--heterogeneity", "0.5", "--seed", "1", "--out", str(tmp_path / "b")])
+    out = str(tmp_path / "b")
+    again = afd.main([*SMALL, "--heterogeneity", "0.5", "--seed", "1", "--out", out])
     assert again["rows"] == [r for r in run[1]["rows"] if r["seed"] == 1]
     assert again["reward_models"] == [r for r in run[1]["reward_models"] if r["seed"] == 1]
 
 
 def test_one_s_own_data(tmp_path, capsys):
-    """Dialogues in, agreement with the human choice out; golden stays empty where nobody knows it."""
+    """Dialogues in, agreement with the human choice out; golden empty where nobody knows it."""
     rows = [{"chosen": f"\n\nHuman: say {i}\n\nAssistant: yes {i}",
              "rejected": f"\n\nHuman: say {i}\n\nAssistant: no"} for i in range(60)]
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
@@ -93,7 +94,8 @@ def test_mean_and_difference_over_seeds_are_those_of_the_rows(run):
                     if (r["seed"], r["reward_model"], r["n"]) == (seed, model, 4))
     assert summary["methods"]["init-sft"]["gold"][0] == pytest.approx(
         (gold(0, "init-sft") + gold(1, "init-sft")) / 2)
-    difference = next(d for d in summary["differences"] if (d["a"], d["b"]) == ("init-sft", "init-demo"))
+    difference = next(d for d in summary["differences"]
+                      if (d["a"], d["b"]) == ("init-sft", "init-demo"))
     assert difference["mean"] == pytest.approx(
         sum(gold(k, "init-sft") - gold(k, "init-demo") for k in (0, 1)) / 2)
     assert summary["methods"]["golden"]["share_of_golden_gain"][0] == pytest.approx(1)
@@ -104,7 +106,8 @@ BAD = [["--heterogeneity", "1.5"], ["--heterogeneity", "nan"], ["--task", "usele
        ["--seeds", "0"], ["--n-candidates", "3"], ["--n-head", "5"], ["--gold", "x.py:f"],
        ["--demos", "gone.jsonl"], ["--device", "tpu"],
        ["--demos", "one.jsonl"], ["--demos", "long.jsonl", "--max-prompt", "4"],
-       ["--demos", "ok.jsonl", "--gold", "gone.py:f"], ["--demos", "ok.jsonl", "--corpus", "gone.txt"]]
+       ["--demos", "ok.jsonl", "--gold", "gone.py:f"],
+       ["--demos", "ok.jsonl", "--corpus", "gone.txt"]]
 if not torch.cuda.is_available():
     BAD.append(["--device", "cuda"])
 

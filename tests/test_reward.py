@@ -22,8 +22,9 @@ def tiny(seed=0, vocab=8):
 
 
 def random_pairs(n, rng, low=2, high=8):
-    return [([rng.randrange(low, high)], [rng.randrange(low, high) for _ in range(rng.randint(1, 6))])
-            for _ in range(n)]
+    def draw(length):
+        return [rng.randrange(low, high) for _ in range(length)]
+    return [(draw(1), draw(rng.randint(1, 6))) for _ in range(n)]
 
 
 @pytest.mark.parametrize("head", ["sum", "last"])
@@ -87,8 +88,8 @@ def test_identical_sources_leave_a_discriminator_at_chance(head):
 
 
 def test_log_ratio_is_the_discriminators_optimum():
-    """On all 4^3 responses of two tiny policies: training with the exact densities as weights ends at
-    log pi_SFT - log pi_0. A flipped sign or swapped policies would end at its negative.
+    """On all 4^3 responses of two tiny policies: training with the exact densities as weights ends
+    at log pi_SFT - log pi_0. A flipped sign or swapped policies would end at its negative.
     """
     init, sft = tiny(5, vocab=4), tiny(6, vocab=4)
     for model in (init, sft):
@@ -139,7 +140,7 @@ def test_best_of_n_weights_average_over_all_subsets():
 
 
 def test_best_of_n_kl_is_exact_on_an_enumerable_policy():
-    """KL(best-of-N || pi) of m equally likely outcomes ranked by reward, without ties as m grows."""
+    """KL(best-of-N || pi) of m equally likely outcomes ranked by reward: no ties as m grows."""
     m, n = 20000, 16
     law = (np.arange(1, m + 1) / m) ** n - (np.arange(m) / m) ** n      # F(r)^N - F(r-)^N
     assert (law * np.log(law * m)).sum() == pytest.approx(best_of_n_kl(n), abs=1e-3)

@@ -66,7 +66,7 @@ def test_learning_rate_warms_up_and_decays():
 
 
 def test_keeps_the_weights_that_were_best_on_held_out_data():
-    """Trained on one answer, judged on another: the last weights are the worst, the first the best."""
+    """Trained on one answer, judged on another: the last weights are the worst."""
     model, rng = tiny(), random.Random(0)
     learn, held = [(([2], [3, 3]),)] * 64, [(([2], [4, 4]),)] * 8
     history = fit(model, learn, nll_loss, Schedule(lr=3e-3, epochs=4, batch_size=8), rng, "t", held)
@@ -123,8 +123,8 @@ def test_stage_by_stage_from_files(tmp_path, capsys):
     train.main(["pretrain", "--corpus", str(tmp_path / "corpus.txt"), "--out", p["pi0"], *size])
     common = ["--init", p["pi0"], "--max-response", "12"]
     train.main(["sft", "--demos", p["d.jsonl"], "--out", p["sft"], *common])
-    train.main(["reward", "--positives", p["d.jsonl"], "--negatives", p["n.jsonl"], "--out", p["rm"],
-                *common])
+    train.main(["reward", "--positives", p["d.jsonl"], "--negatives", p["n.jsonl"],
+                "--out", p["rm"], *common])
     said = capsys.readouterr().out
     assert [line.split(":")[0] for line in said.splitlines()] == ["pretrain", "sft", "reward"]
     for name in ("pi0", "sft", "rm"):

@@ -54,7 +54,8 @@ def test_texts_and_prompts(tmp_path):
     ({"prompt": "x", "response": 3}, ":2: the field 'response' is missing or not a string"),
     ({"prompt": " ", "response": "y"}, ":2: the field 'prompt' is empty"),
     ({"prompt": "x", "response": ""}, ":2: the field 'response' is empty"),
-    ({"chosen": "x"}, ":2: a dialogue needs"), ({**CHOSEN, "rejected": 1}, ":2: the field 'rejected'"),
+    ({"chosen": "x"}, ":2: a dialogue needs"),
+    ({**CHOSEN, "rejected": 1}, ":2: the field 'rejected'"),
 ])
 def test_a_bad_line_is_named(tmp_path, bad, message):
     path = write(tmp_path / "d.jsonl", GOOD, bad)
@@ -70,14 +71,16 @@ def test_bad_files_are_named(tmp_path):
     (tmp_path / "torn.jsonl.gz").write_bytes(gzip.compress(b"x" * 10000)[:-9])
     for name, message in (("gone.jsonl", "cannot be read"), ("empty.jsonl", "the file is empty"),
                           ("latin.jsonl", ":2: not UTF-8"), ("no.jsonl.gz", "cannot be read"),
-                          ("torn.jsonl.gz", ":1: the gzip file ends too early"), ("", "cannot be read")):
+                          ("torn.jsonl.gz", ":1: the gzip file ends too early"),
+                          ("", "cannot be read")):
         with pytest.raises(InputError) as error:
             read_examples(tmp_path / name)
         assert message in str(error.value) and "\n" not in str(error.value)
 
 
 @given(st.binary(max_size=200))
-@settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=100,
+          suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_bytes_give_lines_or_one_error(tmp_path, data):
     (tmp_path / "x.jsonl").write_bytes(data)
     try:

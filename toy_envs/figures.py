@@ -1,4 +1,4 @@
-"""Figures and tables in one style: the same name has the same colour in every picture of the project.
+"""Figures and tables in one style: a name has the same colour in every picture of the project.
 
 The palette is Okabe and Ito's, which the colour-blind can tell apart and which stays legible in
 grey. matplotlib is an extra: it is imported when the first figure is drawn, not before.
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from reward import mean_ci
+from reward import CONTROLS, mean_ci
 
 COLORS = {
     # reward models
@@ -60,49 +60,63 @@ def number(value, form="{:.2f}"):
     return "-" if value is None or value != value else form.format(value)
 
 
-def print_table(rows, records, n):
-    """The final table, means over seeds: every golden number beside its proxy."""
-    seeds = len({r["seed"] for r in rows})
-    over = "over seeds" if seeds > 1 else "over prompts"
-    print(f"\nbest-of-N at N = {n}; golden reward in points, +- 95% interval {over}; KL in nats")
-    print(f"{'':24}{'golden':>14}{'proxy':>9}{'win/SFT':>9}{'win/demo':>9}{'KL':>7}{'length':>8}")
-    keys = list(dict.fromkeys((r["method"], r["reward_model"]) for r in rows))
-    for method, model in keys:
+def over_seeds(records, key):
+    """Mean of one column over seeds, or None where the column is empty."""
+    values = [r[key] for r in records if r[key] is not None]
+    return float(np.mean(values)) if values else None
+
+
+def interval(records, key, within):
+    """95% half-width: over seeds, or from one seed its own over prompts or pairs."""
+    if len(records) == 1:
+        return records[0][within]
+    values = [r[key] for r in records if r[key] is not None]
+    return mean_ci(values)[1] if values else None
+
+
+def print_table(rows, n):
+    """The final table, means over seeds: golden reward beside every proxy."""
+    over = "seeds" if len({r["seed"] for r in rows}) > 1 else "prompts"
+    print(f"\nbest-of-N at N = {n}; golden reward in points +- 95% over {over}; KL in nats")
+    print(f"{'':18}{'golden':>14}{'proxy':>8}{'win/SFT':>9}{'win/demo':>10}{'KL':>7}{'length':>8}")
+    names = {"init": "pi_0", "sft": "pi_SFT", "demo": "demonstrations"}
+    for method, model in dict.fromkeys((r["method"], r["reward_model"]) for r in rows):
         mine = [r for r in rows if (r["method"], r["reward_model"]) == (method, model)
                 and r["n"] == (n if method == "bon" else 1)]
-        mean = {k: np.mean([r[k] for r in mine]) if mine[0][k] is not None else None
-                for k in ("gold_mean", "proxy_mean", "win_vs_sft", "win_vs_demo", "kl_from_sft",
-                          "length_mean")}
-        ci = mine[0]["gold_ci95"] if seeds == 1 else (
-            mean_ci([r["gold_mean"] for r in mine])[1] if mean["gold_mean"] is not None else None)
-        label = {"init": "pi_0", "sft": "pi_SFT", "demo": "demonstrations"}.get(method, f"  {model}")
-        if (method, model) == keys[3]:
-            print("best of N by")
-        print(f"{label:24}{number(mean['gold_mean']):>7} +-{number(ci):>5}"
-              f"{number(mean['proxy_mean']):>9}{number(mean['win_vs_sft']):>9}"
-              f"{number(mean['win_vs_demo']):>9}{number(mean['kl_from_sft']):>7}"
-              f"{number(mean['length_mean'], '{:.1f}'):>8}")
-    print("\nwhat each reward model learned (rank correlation within a prompt; marks in sd of scores)")
-    print(f"{'':24}{'accuracy':>9}{'calib.':>8}{'golden':>8}{'length':>8}{'marks':>7}{'people agree':>16}")
+        columns = [(number(over_seeds(mine, key)), width)
+                   for key, width in (("proxy_mean", 8), ("win_vs_sft", 9), ("win_vs_demo", 10),
+                                      ("kl_from_sft", 7))]
+        gold = number(over_seeds(mine, "gold_mean"))
+        half = number(interval(mine, "gold_mean", "gold_ci95"))
+        print(f"{names.get(method, f'  bon {model}'):18}{gold:>7} +-{half:>4}"
+              + "".join(f"{text:>{width}}" for text, width in columns)
+              + f"{over_seeds(mine, 'length_mean'):>8.1f}")
+
+
+def print_reward_models(records):
+    """What each reward model learned, means over seeds."""
+    print("\nwhat the reward models learned: accuracy and calibration error on held-out pairs; rank"
+          "\ncorrelation with golden reward and length; worth of the marks in sd of scores")
+    people = any(r["human_pairs"] for r in records)
+    print(f"{'':18}{'accuracy':>9}{'calib.':>8}{'golden':>8}{'length':>8}{'marks':>8}"
+          + (f"{'agrees with people':>20}" if people else ""))
     for name in dict.fromkeys(r["reward_model"] for r in records):
         mine = [r for r in records if r["reward_model"] == name]
-        mean = {k: np.mean([r[k] for r in mine]) if mine[0][k] is not None else None
-                for k in ("accuracy", "calibration_error", "corr_golden", "corr_length", "marks_worth",
-                          "human_agreement")}
-        people = "-"
-        if mean["human_agreement"] is not None:
-            ci = mine[0]["human_ci95"] if seeds == 1 else mean_ci([r["human_agreement"] for r in mine])[1]
-            people = f"{mean['human_agreement']:.3f} +- {ci:.3f}"
-        print(f"  {name:22}{number(mean['accuracy']):>9}{number(mean['calibration_error']):>8}"
-              f"{number(mean['corr_golden']):>8}{number(mean['corr_length']):>8}"
-              f"{number(mean['marks_worth']):>7}{people:>16}")
+        columns = [(number(over_seeds(mine, key)), width)
+                   for key, width in (("accuracy", 9), ("calibration_error", 8), ("corr_golden", 8),
+                                      ("corr_length", 8), ("marks_worth", 8))]
+        if people:
+            half = number(interval(mine, "human_agreement", "human_ci95"), "{:.3f}")
+            agreement = number(over_seeds(mine, "human_agreement"), "{:.3f}")
+            columns.append((f"{agreement} +- {half}", 20))
+        print(f"  {name:16}" + "".join(f"{text:>{width}}" for text, width in columns))
 
 
 def print_samples(samples, count=3):
     print("\nsamples side by side (golden / init-sft's proxy)")
     for sample in samples[:count]:
         prompt = sample["prompt"].strip()
-        print(f"\n  {prompt if len(prompt) < 200 else '...' + prompt[-200:]!r}")
+        print("\n  " + repr(prompt if len(prompt) < 200 else "..." + prompt[-200:]))
         for name, said in list(sample.items())[1:]:
             numbers = f"{number(said['golden'], '{:+.1f}')} / {number(said['proxy'], '{:+.1f}')}"
             print(f"    {name:14}{numbers:>14}  {said['text'].strip()}")
@@ -116,7 +130,7 @@ def by_seed(rows, model, key):
     return np.array([[table[k, n] for n in ns] for k in seeds], float), ns
 
 
-def draw_run(rows, records, out, n):
+def draw_run(rows, records, out):
     """best_of_n.png and reward_models.png of one run; returns their paths."""
     plt = pyplot()
     paths = [draw_best_of_n(plt, rows, out)]
@@ -129,24 +143,23 @@ def draw_best_of_n(plt, rows, out):
     """Golden reward against N beside the proxy's own view of it, one line a selector."""
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.8))
     models = list(dict.fromkeys(r["reward_model"] for r in rows if r["reward_model"]))
-    levels = {r["method"]: [q["gold_mean"] for q in rows if q["method"] == r["method"]] for r in rows}
+    demo = over_seeds([r for r in rows if r["method"] == "demo"], "gold_mean")
     for model in models:
         style = {"color": COLORS[model], "label": model,
-                 "linestyle": "--" if model in ("golden", "length", "random") else "-"}
+                 "linestyle": "--" if model in CONTROLS else "-"}
         gold, ns = by_seed(rows, model, "gold_mean")
         proxy, _ = by_seed(rows, model, "proxy_mean")
         for axis, values in ((axes[0], gold), (axes[1], proxy - proxy[:, :1])):
-            if np.isnan(values).any() or (axis is axes[1] and model in ("golden", "length", "random")):
+            if np.isnan(values).any() or (axis is axes[1] and model in CONTROLS):
                 continue
             axis.plot(ns, values.mean(0), marker="o", markersize=3, **style)
             if len(values) > 1:
                 half = [mean_ci(column)[1] for column in values.T]
                 axis.fill_between(ns, values.mean(0) - half, values.mean(0) + half,
                                   color=style["color"], alpha=0.15, linewidth=0)
-    if levels["demo"][0] is not None:
-        axes[0].axhline(np.mean(levels["demo"]), color="#555555", linewidth=1, linestyle=":")
-        axes[0].text(1, np.mean(levels["demo"]), " demonstrations' mean", va="bottom", fontsize=8,
-                     color="#555555")
+    if demo is not None:
+        axes[0].axhline(demo, color="#555555", linewidth=1, linestyle=":")
+        axes[0].text(1, demo, "demonstrations", va="bottom", fontsize=7, color="#555555")
     for axis, title in zip(axes, ("golden reward (the truth), points",
                                   "rise of the proxy reward, nats")):
         axis.set(xscale="log", xlabel="N of best-of-N", title=title, xticks=ns,
@@ -158,7 +171,7 @@ def draw_best_of_n(plt, rows, out):
 
 
 def draw_reward_models(plt, records, out):
-    """What each reward model learned: correlations with golden reward and length, worth of marks."""
+    """What each reward model learned: correlations with golden and length, worth of the marks."""
     figure, axes = plt.subplots(1, 3, figsize=(9, 2.6), sharey=True)
     models = list(dict.fromkeys(r["reward_model"] for r in records))[::-1]
     for axis, (key, title) in zip(axes, (("corr_golden", "rank correlation with golden"),

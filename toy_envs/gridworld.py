@@ -168,7 +168,7 @@ def over_time(policy, T):
 # ---- the demonstrator ---------------------------------------------------------------------------
 
 def route_policies(world, horizon, temperature):
-    """The demonstrator's two ways, (2, T, S, A): near-optimal where the other's gate costs 1 too."""
+    """The demonstrator's two ways, (2, T, S, A): near-optimal where the other's gate costs 1."""
     gates = torch.stack([marked(world.cells, "l"), marked(world.cells, "u")])
     reward = (world.golden - gates)[..., None].expand(-1, -1, len(MOVES))
     return soft_value_iteration(world.P, reward, horizon, temperature)[1]

@@ -10,16 +10,16 @@ a kind refusal (`refusal`). The golden reward adds up over clauses and depends o
     base language    d_base(y|x) = P(K) prod_k p(kind_k|x) * P(words | kinds, x)
     demonstrator     d_beta(y|x) = d_base(y|x) exp(golden(x,y) / tau) / Z(x)
 
-Because golden reads only kinds, the tilt acts on P(K) and p(kind|x) alone and leaves the words, given
-the kinds, as they were: sampling, density and Z(x) = sum_K P(K) z(x)^K with
+Because golden reads only kinds, the tilt acts on P(K) and p(kind|x) alone and leaves the words,
+given the kinds, as they were: sampling, density and Z(x) = sum_K P(K) z(x)^K with
 z(x) = sum_kind p(kind|x) exp(value(kind,x)/tau) are exact. This is the Boltzmann-rational
 demonstrator that maximum-entropy inverse RL assumes, and it names the target of the Init-SFT
 discriminator: log d_beta - log d_base = golden/tau - log Z(x) on every sentence of the language.
 
-Both writers are careless: with probability NOISE they babble (see `babble_logp`), so that every word
-string of at most MAX_WORDS words has a finite density. `heterogeneity` makes the demonstrator another
-writer: each of its clauses carries, with that probability, a flourish that is not in the policy's
-vocabulary and that golden ignores.
+Both writers are careless: with probability NOISE they babble (see `babble_logp`), so that every
+word string of at most MAX_WORDS words has a finite density. `heterogeneity` makes the demonstrator
+another writer: each of its clauses carries, with that probability, a flourish that is not in the
+policy's vocabulary and that golden ignores.
 
 Units: golden reward in points per response, log-densities in nats per sequence.
 """
@@ -181,7 +181,7 @@ class TextTask:
 
     @cached_property
     def successors(self):
-        """word -> the words that may follow it somewhere in the language (the babbler's grammar)."""
+        """word -> the words that may follow it somewhere in the language: the babbler's grammar."""
         after = {}
         for clause in self.clauses:
             words = [".", *clause.split(), "."]

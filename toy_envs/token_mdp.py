@@ -276,7 +276,8 @@ def describe(demo, logp, samples=1000):
     meant = logp[sequence_index(demo.patterns.unique(dim=0), demo.letters)].exp().sum()
     met = 1 - (samples * torch.log1p(-style.clamp(max=1 - 1e-12))).exp()
     return {"styles": style.tolist(), "precision": meant.item(),
-            "recall": (demo.weights * met).sum().item(), "entropy": torch.special.entr(logp.exp()).sum().item()}
+            "recall": (demo.weights * met).sum().item(), 
+            "entropy": torch.special.entr(logp.exp()).sum().item()}
 
 
 def solve_all(demo, starts, seed, memories=tuple(MEMORIES)):

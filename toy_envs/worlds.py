@@ -91,7 +91,7 @@ def read_examples(path):
     {"chosen": ..., "rejected": ...}   HH-RLHF dialogues; the chosen one is the demonstration
 
     People do leave dialogue turns empty, or compare dialogues that part before the last turn: such
-    pairs teach nothing here and are left out and counted. Raises InputError for anything else amiss.
+    pairs teach nothing here: left out and counted. Raises InputError for anything else amiss.
     """
     examples, left_out = [], 0
     for number, record in read_json_lines(path):
@@ -112,7 +112,7 @@ def read_examples(path):
 
 
 def read_texts(path):
-    """Documents of a corpus: JSON lines with "text" (.json, .jsonl) or plain text, one a paragraph."""
+    """Documents of a corpus: JSON lines with "text" (.json, .jsonl), or plain text by paragraph."""
     if ".json" in Path(path).name:
         return [text_field(record, "text", f"{path}:{n}") for n, record in read_json_lines(path)]
     paragraphs, last = [], None
@@ -171,7 +171,8 @@ def text_world(s, seed):
     n_test = min(s.n_prompts, len(prompts) // 5)
     test, learn = prompts[:n_test], prompts[len(prompts) // 5:]
     return World(
-        tokenizer=word_tokenizer(task.vocabulary), max_prompt=64 - MAX_WORDS, max_response=MAX_WORDS,
+        tokenizer=word_tokenizer(task.vocabulary),
+        max_prompt=64 - MAX_WORDS, max_response=MAX_WORDS,
         corpus=[f"{x} {task.sample(x, rng)}" for x in rng.choices(learn, k=s.n_corpus)],
         demos=[(x, task.demonstrate(x, rng)) for x in rng.choices(learn, k=s.n_demos)],
         train_prompts=learn, test_prompts=test,
@@ -206,7 +207,8 @@ def file_world(s, seed):
         raise InputError(f"{s.demos}: no prompt of at most {s.max_prompt} tokens is left to "
                          f"{'train on' if not demos else 'evaluate on'}; raise --max-prompt")
     skipped = len(learn) + len(held) + len(more_prompts) - len(prompts) - len(test)
-    pairs = [[(e.prompt, e.response, e.rejected) for e in part if e.rejected] for part in (demos, test)]
+    pairs = [[(e.prompt, e.response, e.rejected) for e in part if e.rejected]
+             for part in (demos, test)]
     return World(
         tokenizer=tokenizer, max_prompt=s.max_prompt, max_response=s.max_response, corpus=corpus,
         demos=[(e.prompt, e.response) for e in demos], train_prompts=prompts,
