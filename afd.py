@@ -8,7 +8,8 @@
     6  truth     the golden reward, which no method saw, beside every proxy
 
 Source: Sun and van der Schaar, "Inverse-RLignment", arXiv:2405.15624. Differs from the paper: the
-reward head is summed over tokens (--head last is the paper's), policies are small, golden is exact.
+reward head is summed over tokens (--head last is the common one), policies are small and the golden
+reward is known.
 
 Shapes: P prompts, N candidates per prompt. Golden reward in points; proxy rewards and KL in nats.
 """
