@@ -283,6 +283,7 @@ class Tokenizer:
 
     def __init__(self, backend):
         self.backend = backend
+        backend.encode_special_tokens = True    # "<|endoftext|>" in people's text is only text
         self.eos, self.pad, self.unk = (backend.token_to_id(t) for t in (EOS, PAD, UNK))
         if self.eos is None:
             raise InputError(f"the tokenizer has no {EOS} token")
@@ -375,5 +376,9 @@ def load_pretrained(folder):
         model.load_state_dict(torch.load(folder / "pytorch_model.bin", weights_only=True))
         tokenizer = Tokenizer(tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")))
     except Exception as error:      # each loader has its own kinds of error for a foreign file
-        raise InputError(f"{folder}: not a checkpoint: {str(error).splitlines()[0]}") from error
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(f"{folder}: not a checkpoint: {reason}") from error
+    if len(tokenizer) > model.config.vocab_size:
+        raise InputError(f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model only "
+                         f"{model.config.vocab_size}")
     return model, tokenizer, raw

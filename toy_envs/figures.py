@@ -158,8 +158,7 @@ def draw_best_of_n(plt, rows, out):
                 axis.fill_between(ns, values.mean(0) - half, values.mean(0) + half,
                                   color=style["color"], alpha=0.15, linewidth=0)
     if demo is not None:
-        axes[0].axhline(demo, color="#555555", linewidth=1, linestyle=":")
-        axes[0].text(1, demo, "demonstrations", va="bottom", fontsize=7, color="#555555")
+        axes[0].axhline(demo, color="#555555", linewidth=1, linestyle=":", label="demonstrations")
     for axis, title in zip(axes, ("golden reward (the truth), points",
                                   "rise of the proxy reward, nats")):
         axis.set(xscale="log", xlabel="N of best-of-N", title=title, xticks=ns,
@@ -182,6 +181,8 @@ def draw_reward_models(plt, records, out):
             if values:
                 mean, half = mean_ci(values)
                 axis.barh(i, mean, color=COLORS[model], xerr=None if np.isnan(half) else half)
+            else:
+                axis.text(0, i, " not defined", va="center", fontsize=7, color="#555555")
         axis.axvline(0, color="black", linewidth=0.8)
         axis.set(title=title, yticks=range(len(models)), yticklabels=models)
     return save_figure(figure, Path(out) / "reward_models.png")

@@ -192,7 +192,7 @@ class TextTask:
     def parse(self, prompt, response):
         """Clauses of a response as (kind, sentence, places): what golden and density both read.
 
-        Flourishes are dropped first. A text after the last period is an unfinished clause: broken.
+        Flourishes are dropped first. What follows the last period is read as a clause too.
         """
         *texts, rest = self.unmark(response).split(".")
         topic, parsed, seen = self.prompts[prompt], [], set()
