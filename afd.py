@@ -5,7 +5,7 @@
     3  samples   the token MDP's dynamics are known, so both policies may write: y ~ pi_0, pi_SFT
     4  rewards   a discriminator's logit is a reward; what it separates decides what it rewards
     5  best-of-N extrapolates over a reward: of N samples of pi_SFT keep what it scores highest
-    6  truth     the golden reward, which no method saw, beside every proxy
+    6  truth     beside every proxy the golden reward, which only `preference` saw, as labels
 
 Source: Sun and van der Schaar, "Inverse-RLignment", arXiv:2405.15624. Differs from the paper: the
 reward head is summed over tokens (--head last is the common one), policies are small and the golden
@@ -23,7 +23,6 @@ import sys
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import numpy as np
 import tokenizers
@@ -31,9 +30,9 @@ import torch
 
 import train
 from model import (GPT, GPTConfig, InputError, encode_documents, save_pretrained, sample_responses,
-                   write_aside)
-from reward import (CONTROLS, HEADS, REWARD_MODELS, RewardModel, best_of_n_kl, best_of_n_weights,
-                    calibration, log_ratio, mean_ci, rank_correlation, score, win_rate)
+                   write_json)
+from reward import (HEADS, RewardModel, best_of_n_kl, best_of_n_weights, calibration, log_ratio,
+                    mean_ci, rank_correlation, score, win_rate)
 from toy_envs.figures import draw_run, print_reward_models, print_samples, print_table
 from toy_envs.worlds import file_world, text_world
 from train import Schedule, setting
@@ -66,7 +65,7 @@ class Settings:
     gold: str = setting(None, "with --demos: FILE.py:FUNCTION, (prompt, response) -> float")
     n_corpus: int = setting(60000, "built-in tasks: documents of the base language for pi_0")
     n_demos: int = setting(4000, "demonstrations, at most")
-    n_samples: int = setting(0, "samples of each policy for the reward models (0: 8000, or 1000 "
+    n_samples: int = setting(0, "samples of each policy for the reward models (0: 9000, or 1000 "
                                 "with --demos)")
     n_prompts: int = setting(200, "held-out prompts for the evaluation, at most")
     n_candidates: int = setting(0, "largest N of best-of-N, a power of two (0: 64, or 16 with "
@@ -84,7 +83,7 @@ class Settings:
 
 # Built-in texts are drawn anew as often as wanted; a file of demonstrations is small and its texts
 # are long. Each pair: the value for a built-in task, the value with --demos.
-DEFAULTS = {"n_samples": (8000, 1000), "n_candidates": (64, 16), "pretrain_epochs": (1.0, 4.0)}
+DEFAULTS = {"n_samples": (9000, 1000), "n_candidates": (64, 16), "pretrain_epochs": (1.0, 4.0)}
 
 
 def schedules(s):
@@ -100,8 +99,8 @@ def schedules(s):
 class Run:
     """One seed's bookkeeping: seconds per stage, losses to metrics.jsonl, what is being done."""
 
-    def __init__(self, out, seed):
-        self.out, self.seed, self.seconds = out, seed, {}
+    def __init__(self, out, seed, device):
+        self.out, self.seed, self.device, self.seconds = out, seed, device, {}
 
     @contextmanager
     def stage(self, name, says):
@@ -116,11 +115,11 @@ class Run:
                 file.write(json.dumps({"seed": self.seed, "stage": stage, **record}) + "\n")
 
 
-def train_policies(world, s, run, rng, device):
+def train_policies(world, s, run, rng):
     """(pi_0, pi_SFT): pretraining on the corpus, then maximum likelihood on the demonstrations."""
     tok, plan = world.tokenizer, schedules(s)
     init = GPT(GPTConfig(len(tok), world.max_prompt + world.max_response, s.n_embd, s.n_layer,
-                         s.n_head, suppress_tokens=tok.suppress)).to(device)
+                         s.n_head, suppress_tokens=tok.suppress)).to(run.device)
     with run.stage("pretrain", f"1 pi_0: pretraining on {len(world.corpus):,} texts"):
         documents = encode_documents(tok, world.corpus, init.config.n_positions)
         run.log("pretrain", train.fit(init, [(d,) for d in documents], train.nll_loss,
@@ -162,24 +161,21 @@ def preference_items(world, prompts, y_sft):
 def train_rewards(world, s, run, rng, init, sft, prompts, y_init, y_sft):
     """{name: (reward, loss name, held-out items)} for every reward model of reward.py's table."""
     demos = [world.pair(x, y) for x, y in world.demos]
-    cycle = [demos[i % len(demos)] for i in range(max(len(y_init), len(demos)))]
-    data = {"init-sft": (y_sft, y_init), "init-demo": (cycle, y_init), "sft-demo": (cycle, y_sft)}
+    data = {"init-sft": train.split(list(zip(y_sft, y_init)), 0.05, rng),    # the same prompts
+            "init-demo": train.pair_up(demos, y_init, rng),
+            "sft-demo": train.pair_up(demos, y_sft, rng),
+            "preference": train.split(preference_items(world, prompts, y_sft), 0.05, rng)}
     rewards = {}
-    for name, (positives, negatives) in data.items():
-        with run.stage(name, f"4 {name}: discriminator of {len(negatives):,} against as many"):
-            model, history, held = train.train_reward(
-                init, list(zip(positives, negatives)), train.discriminator_step,
-                schedules(s)["reward"], rng, s.head, name)
+    for name, (items, held) in data.items():
+        if not items:       # nobody labelled any pairs
+            continue
+        kind, loss = (("Bradley-Terry", train.preference_step) if name == "preference"
+                      else ("discriminator", train.discriminator_step))
+        with run.stage(name, f"4 {name}: {kind} on {len(items):,} pairs"):
+            model, history = train.train_reward(init, items, held, loss, schedules(s)["reward"],
+                                                rng, s.head, name)
         run.log(name, history)
         rewards[name] = (model, held)
-    items = preference_items(world, prompts, y_sft)
-    if items:
-        with run.stage("preference", f"4 preference: Bradley-Terry on {len(items):,} labels"):
-            model, history, held = train.train_reward(init, items, train.preference_step,
-                                                      schedules(s)["reward"], rng, s.head,
-                                                      "preference")
-        run.log("preference", history)
-        rewards["preference"] = (model, held)
     rewards["log-ratio"] = (log_ratio(sft, init), rewards["init-sft"][1])
     return rewards
 
@@ -188,7 +184,10 @@ def train_rewards(world, s, run, rng, init, sft, prompts, y_init, y_sft):
 
 @dataclass
 class Written:
-    """What each writer, "init", "sft" (the candidates) or "demo", wrote to the held-out prompts."""
+    """What each writer wrote to the held-out prompts: "init"; "sft", the candidates; "rival", other
+    samples of pi_SFT, which picks are compared with; "demo", demonstrations as the policy's
+    tokenizer reads them, cut where candidates are cut.
+    """
     texts: dict         # writer -> [prompt][sample] text
     lengths: dict       # writer -> [prompt][sample] tokens, EOS included
     gold: dict          # writer -> golden rewards (P, samples), points; empty where nobody knows
@@ -202,13 +201,13 @@ def write_candidates(world, s, run, init, sft, generator):
                                  "held-out prompts"):
         ys = {name: sample_responses(policy, ids, n, world.max_response, tok.eos, generator,
                                      label=name)
-              for name, policy, n in (("init", init, 8), ("sft", sft, s.n_candidates))}
+              for name, policy, n in (("init", init, 8), ("rival", sft, 8),
+                                      ("sft", sft, s.n_candidates))}
+    ys["demo"] = [[world.pair(x, y)[1] for y in row]
+                  for x, row in zip(world.test_prompts, world.test_demos)]
     texts = {name: [[world.text(y) for y in row] for row in rows] for name, rows in ys.items()}
     lengths = {name: np.array([[len(y) for y in row] for row in rows], float)
                for name, rows in ys.items()}
-    texts["demo"] = world.test_demos
-    lengths["demo"] = np.array([[len(tok.encode(y)) + 1 for y in row] for row in world.test_demos],
-                               float)
     gold = {}
     if world.golden:
         gold = {name: np.array([[world.golden(x, y) for y in row]
@@ -222,7 +221,7 @@ def score_candidates(run, rewards, written, rng):
     """{selector: scores (P, N)} of every reward model and of the controls that train nothing."""
     shape, pairs = written.lengths["sft"].shape, written.pairs["sft"]
     with run.stage("scores", f"6 truth: {len(pairs):,} candidates scored by every reward model"):
-        scores = {name: score(reward, pairs).reshape(shape)
+        scores = {name: score(reward, pairs, run.device).reshape(shape)
                   for name, (reward, _) in rewards.items()}
     scores["length"] = written.lengths["sft"]
     scores["random"] = np.array([rng.random() for _ in pairs]).reshape(shape)
@@ -248,8 +247,8 @@ def evaluate(s, seed, written, scores, kl_init):
     for name, values in scores.items():
         for n in (2 ** k for k in range(values.shape[1].bit_length())):
             weights = best_of_n_weights(values, n)
-            rows.append(row("bon", name, n, "sft", weights,
-                            float((weights * values).sum(1).mean()), best_of_n_kl(n)))
+            rows.append(row("bon", name, n, "sft", weights, float((weights * values).sum(1).mean()),
+                            0.0 if name == "random" else best_of_n_kl(n)))
     return rows
 
 
@@ -258,12 +257,12 @@ def golden_columns(gold, writer, weights):
     if not gold:
         return dict.fromkeys(("gold_mean", "gold_ci95", "win_vs_sft", "win_vs_demo"))
     mean, ci = mean_ci((weights * gold[writer]).sum(1))
-    wins = {f"win_vs_{other}": float((weights * win_rate(gold[writer], gold[other])).sum(1).mean())
-            for other in ("sft", "demo")}
-    return {"gold_mean": mean, "gold_ci95": None if math.isnan(ci) else ci, **wins}
+    wins = {key: float((weights * win_rate(gold[writer], gold[other])).sum(1).mean())
+            for key, other in (("win_vs_sft", "rival"), ("win_vs_demo", "demo"))}
+    return {"gold_mean": mean, "gold_ci95": ci, **wins}
 
 
-def inspect_rewards(world, seed, rewards, written, scores):
+def inspect_rewards(world, run, rewards, written, scores):
     """What each reward model has learned: one record a model.
 
     accuracy and calibration on its own held-out pairs; rank correlation within a prompt with the
@@ -273,37 +272,38 @@ def inspect_rewards(world, seed, rewards, written, scores):
     records = []
     for name, (reward, held) in rewards.items():
         mine = scores[name]
-        record = {"seed": seed, "reward_model": name, **held_out_quality(reward, held, name),
+        record = {"seed": run.seed, "reward_model": name,
+                  **held_out_quality(reward, held, name, run.device),
                   "corr_golden": (rank_correlation(mine, written.gold["sft"]) if written.gold
                                   else None),
                   "corr_length": rank_correlation(mine, written.lengths["sft"]),
                   "marks_worth": None, "human_agreement": None, "human_ci95": None,
                   "human_pairs": len(world.human_pairs)}
         if world.unmark and name != "log-ratio":    # to a policy that cannot write them: -inf
-            marked, plain = (score(reward, [world.pair(x, strip(y)) for x, y in world.demos[:500]])
-                             for strip in (str, world.unmark))
+            marked, plain = (score(reward, [world.pair(x, strip(y)) for x, y in world.demos[:500]],
+                                   run.device) for strip in (str, world.unmark))
             record["marks_worth"] = float((marked - plain).mean() / mine.std())
         if world.human_pairs:
-            chosen, rejected = (score(reward, [world.pair(p[0], p[k]) for p in world.human_pairs])
-                                for k in (1, 2))
+            chosen, rejected = (score(reward, [world.pair(p[0], p[k]) for p in world.human_pairs],
+                                      run.device) for k in (1, 2))
             record["human_agreement"], record["human_ci95"] = mean_ci(
                 (chosen > rejected) + (chosen == rejected) / 2)
         records.append(record)
     return records
 
 
-def held_out_quality(reward, items, name):
-    """Accuracy and calibration error on held-out (better, worse) pairs.
+def held_out_quality(reward, items, name, device):
+    """Accuracy and calibration error on held-out (better, worse) pairs; nan without any.
 
     A discriminator's logits are judged against their labels one by one; Bradley-Terry rewards are
-    defined up to a constant, so only their differences are.
+    defined up to a constant, so their differences are, in both orders.
     """
-    better, worse = (score(reward, [item[k] for item in items]) for k in (0, 1))
+    better, worse = (score(reward, [item[k] for item in items], device) for k in (0, 1))
+    if not items:
+        return {"accuracy": math.nan, "calibration_error": math.nan}
     if name == "preference":
-        logits, labels = better - worse, np.ones(len(better))
-    else:
-        logits = np.concatenate([better, worse])
-        labels = np.repeat([1.0, 0.0], len(better))
+        better, worse = better - worse, worse - better
+    logits, labels = np.concatenate([better, worse]), np.repeat([1.0, 0.0], len(better))
     return {"accuracy": float(((logits > 0) == (labels > 0)).mean()),
             "calibration_error": calibration(logits, labels)}
 
@@ -326,6 +326,7 @@ def summarise(rows, n):
         sft, best = gold[seed, "sft"], gold[seed, "golden"]
         return (gold[seed, name] - sft) / (best - sft) if best > sft else math.nan
 
+    names = [name for name in names if all((k, name) in gold for k in seeds)]
     methods = {name: {"gold": mean_ci([gold[k, name] for k in seeds]),
                       "share_of_golden_gain": mean_ci([share(k, name) for k in seeds])}
                for name in names}
@@ -366,38 +367,39 @@ def check(s):
         raise InputError(f"--heterogeneity must lie in [0, 1], not {s.heterogeneity}")
     if s.n_candidates < 1 or s.n_candidates & (s.n_candidates - 1):
         raise InputError(f"--n-candidates must be a power of two, not {s.n_candidates}")
+    for name in ("pretrain_epochs", "sft_epochs", "reward_epochs"):
+        if not 0 < getattr(s, name) < math.inf:
+            raise InputError(f"--{name.replace('_', '-')} must be positive")
     for name in ("seeds", "n_demos", "n_corpus", "n_samples", "n_prompts", "n_layer", "max_prompt",
                  "max_response"):
         if getattr(s, name) < 1:
             flag = name.replace("_", "-")
             raise InputError(f"--{flag} must be at least 1, not {getattr(s, name)}")
-    if s.n_head < 1 or s.n_embd < s.n_head or s.n_embd % s.n_head:
-        raise InputError(f"--n-embd {s.n_embd} must be a multiple of --n-head {s.n_head}")
+    train.check_model(s.n_embd, s.n_head, s.vocab_size)
     if not s.demos and (s.corpus or s.prompts or s.gold):
         raise InputError("--corpus, --prompts and --gold go with --demos")
 
 
 def run_seed(s, seed, world, out, device):
     """The whole story for one seed. Returns what results.json and the figures are made of."""
-    run, rng = Run(out, seed), random.Random(seed)
+    run, rng = Run(out, seed, device), random.Random(seed)
     torch.manual_seed(seed)
     generator = torch.Generator(device).manual_seed(seed)
-    init, sft = train_policies(world, s, run, rng, device)
+    init, sft = train_policies(world, s, run, rng)
     prompts, (y_init, y_sft) = draw_samples(world, s, run, rng, init, sft, generator)
     rewards = train_rewards(world, s, run, rng, init, sft, prompts, y_init, y_sft)
     written = write_candidates(world, s, run, init, sft, generator)
     scores = score_candidates(run, rewards, written, rng)
-    kl_init = -float(score(log_ratio(sft, init), written.pairs["init"]).mean())
+    kl_init = -float(score(log_ratio(sft, init), written.pairs["init"], device).mean())
     rows = evaluate(s, seed, written, scores, kl_init)
-    records = inspect_rewards(world, seed, rewards, written, scores)
+    records = inspect_rewards(world, run, rewards, written, scores)
     for name, model in (("init", init), ("sft", sft)):
         save_pretrained(out / f"seed{seed}" / name, model, world.tokenizer)
     for name, (reward, _) in rewards.items():
         if isinstance(reward, RewardModel):
             train.save_reward(out / f"seed{seed}" / name, reward, world.tokenizer)
     samples = pick_samples(world, written, scores, min(16, s.n_candidates))
-    write_aside(out / f"seed{seed}" / "samples.json",
-                lambda f: f.write_text(json.dumps(samples, indent=1, ensure_ascii=False)))
+    write_json(out / f"seed{seed}" / "samples.json", samples)
     return rows, records, samples, run.seconds
 
 
@@ -413,25 +415,27 @@ def main(argv=None):
                 "numpy": np.__version__, "tokenizers": tokenizers.__version__}
     command = " ".join(["python afd.py", *(sys.argv[1:] if argv is None else argv)])
     head = {"command": command, "config": asdict(s), "versions": versions, "device": str(device)}
-    for stale in ("results.json", "metrics.jsonl"):
+    for stale in ("results.json", "metrics.jsonl", "best_of_n.png", "reward_models.png"):
         (out / stale).unlink(missing_ok=True)
-    write_aside(out / "config.json", lambda f: f.write_text(json.dumps(head, indent=2) + "\n"))
-    rows, records, seconds, first = [], [], {}, None
+    write_json(out / "config.json", head)
+    rows, records, seconds, first, n = [], [], {}, None, min(16, s.n_candidates)
     for seed in range(s.seed, s.seed + s.seeds):
         world = world if seed == s.seed else make_world(s, seed)
         print(f"seed {seed} on {device}" + "".join(f"; {note}" for note in world.notes), flush=True)
         *parts, samples, seconds[str(seed)] = run_seed(s, seed, world, out, device)
         rows, records, first = rows + parts[0], records + parts[1], first or samples
-    n = min(16, s.n_candidates)
-    results = {**head, "seconds": seconds, "rows": rows, "reward_models": records,
-               "summary": summarise(rows, n) if rows[0]["gold_mean"] is not None else None}
-    write_aside(out / "results.json", lambda f: f.write_text(json.dumps(results, indent=1) + "\n"))
+        results = {**head, "seconds": seconds, "rows": rows, "reward_models": records,
+                   "summary": summarise(rows, n) if world.golden else None}
+        write_json(out / "results.json", results)
     print_table(rows, n)
     print_reward_models(records)
     print_samples(first)
     print()
-    for path in draw_run(rows, records, out):
-        print(f"figure  {path}")
+    try:
+        for path in draw_run(rows, records, out):
+            print(f"figure  {path}")
+    except ImportError as error:        # the numbers are safe; only the pictures need the extra
+        print(error)
     total = sum(sum(stages.values()) for stages in seconds.values())
     print(f"results {out / 'results.json'}\n{total:.0f} seconds in all stages")
     return results

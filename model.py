@@ -348,7 +348,7 @@ def save_pretrained(folder, model, tokenizer, **extra):
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config = {"model_type": "gpt2", **asdict(model.config), **extra}
-    write_aside(folder / "config.json", lambda f: f.write_text(json.dumps(config, indent=2) + "\n"))
+    write_json(folder / "config.json", config)
     write_aside(folder / "tokenizer.json", lambda f: tokenizer.backend.save(str(f)))
     write_aside(folder / "pytorch_model.bin", lambda f: torch.save(model.state_dict(), f))
 
@@ -358,6 +358,20 @@ def write_aside(path, write):
     part = path.with_name(f".{path.name}.part")
     write(part)
     part.replace(path)
+
+
+def write_json(path, value):
+    """Write records as JSON, aside first; a number that does not exist (nan) is null, as JSON has
+    none.
+    """
+    def known(v):
+        if isinstance(v, dict):
+            return {key: known(item) for key, item in v.items()}
+        if isinstance(v, (list, tuple)):
+            return [known(item) for item in v]
+        return None if isinstance(v, float) and math.isnan(v) else v
+    text = json.dumps(known(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    write_aside(Path(path), lambda part: part.write_text(text, encoding="utf-8"))
 
 
 def load_pretrained(folder):
@@ -373,7 +387,8 @@ def load_pretrained(folder):
     try:
         raw = json.loads((folder / "config.json").read_text())
         model = GPT(GPTConfig(**{f.name: raw[f.name] for f in fields(GPTConfig)}))
-        model.load_state_dict(torch.load(folder / "pytorch_model.bin", weights_only=True))
+        model.load_state_dict(torch.load(folder / "pytorch_model.bin", map_location="cpu",
+                                         weights_only=True))
         tokenizer = Tokenizer(tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")))
     except Exception as error:      # each loader has its own kinds of error for a foreign file
         reason = (str(error) or type(error).__name__).splitlines()[0]

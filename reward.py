@@ -5,11 +5,12 @@ Shapes: B batch, T time (tokens), D width.
 A discriminator D = sigmoid(h) is trained on positives (label 1) against negatives (label 0); at its
 optimum the logit is h* = log d_positives - log d_negatives, and the logit is the reward.
 
-    init-sft    y ~ pi_0    against y ~ pi_SFT       the method: h* = log pi_SFT - log pi_0
-    init-demo   y ~ pi_0    against demonstrations   it can tell who wrote, not how well
-    sft-demo    y ~ pi_SFT  against demonstrations   who wrote is nearly all that is left
-    preference  Bradley-Terry on preferred/dispreferred pairs: needs labels the others do not get
-    log-ratio   log pi_SFT - log pi_0 in closed form: the optimum of init-sft, no training
+                positives        negatives
+    init-sft    y ~ pi_SFT       y ~ pi_0     the method: h* = log pi_SFT - log pi_0
+    init-demo   demonstrations   y ~ pi_0     it can tell who wrote, not how well
+    sft-demo    demonstrations   y ~ pi_SFT   who wrote is nearly all that is left
+    preference  preferred        dispreferred  Bradley-Terry: needs labels the others do not get
+    log-ratio   -                -            the optimum of init-sft in closed form, no training
 
 Every reward is a function batch -> (B,), in nats per sequence for all but `preference`, whose unit
 is the log-odds of being preferred. Source: arXiv:2405.15624, section 4.
@@ -36,7 +37,8 @@ class RewardModel(nn.Module):
 
     head "sum":  r(x,y) = sum_t e(y_t) . (A h(s_t) + c), with h(s_t) the hidden state before y_t and
                  e(y_t) the token's embedding: a reward of state and action, read out as logits are.
-                 It is the form of the optimum, sum_t log pi_SFT(y_t|s_t) - log pi_0(y_t|s_t)
+                 The optimum, sum_t log pi_SFT(y_t|s_t) - log pi_0(y_t|s_t), has this form but for
+                 the difference of the two log-normalisers of each state
     head "last": r(x,y) = w . h + b after the last response token: the common reward head
     Both start at r = 0, where D = 1/2.
     """
@@ -128,7 +130,10 @@ def best_of_n_weights(scores, n):
 
 
 def best_of_n_kl(n):
-    """KL(best-of-n || pi_SFT) = log n - (n - 1)/n nats: exact without ties, else an upper bound."""
+    """log n - (n - 1)/n nats: KL(best-of-n || pi_SFT) for a reward without ties, else a bound.
+
+    The reward has to be a function of (x, y): a selector that tosses coins leaves pi_SFT as it is.
+    """
     return math.log(n) - (n - 1) / n
 
 

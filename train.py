@@ -164,7 +164,7 @@ def fit(model, items, loss_fn, schedule, rng, label="fit", held_out=None):
 
 @torch.inference_mode()
 def mean_loss(model, items, loss_fn, batch_size):
-    """loss_fn over all items, each item counting alike."""
+    """loss_fn over all items, each batch counting by its number of items."""
     items = sorted(items, key=item_length)
     chunks = [items[i:i + batch_size] for i in range(0, len(items), batch_size)]
     return sum(loss_fn(model, chunk).item() * len(chunk) for chunk in chunks) / len(items)
@@ -177,9 +177,11 @@ def device_of(model):
 
 
 def nll_loss(model, items):
-    """-mean over response tokens of log pi(y_t|s_t), nats per token: the forward-KL loss (SFT).
+    """-mean over the batch's response tokens of log pi(y_t|s_t), nats per token: the SFT loss.
 
-    Tokens that the policy cannot write are states, not targets: they bear no loss.
+    Its expectation over demonstrations is the forward KL up to a constant and to the weight of a
+    token, 1 / (tokens in its batch). Tokens that the policy cannot write are states, not targets:
+    they bear no loss.
     """
     batch = collate([pair for (pair,) in items], device_of(model))
     writable = batch.response_mask() & model.suppress.isfinite()[batch.tokens]
@@ -205,16 +207,27 @@ def split(items, share, rng):
     return items[n:], items[:n]
 
 
-def train_reward(policy, pairs, loss_fn, schedule, rng, head="sum", label="reward"):
+def pair_up(positives, negatives, rng):
+    """(learn, held-out) items (positive, negative).
+
+    A twentieth of each source is held out first, so that no held-out text was trained on; then the
+    shorter source is gone through again and again.
+    """
+    def cycle(a, b):
+        n = max(len(a), len(b)) if a and b else 0
+        return [(a[i % len(a)], b[i % len(b)]) for i in range(n)]
+    (a, a_held), (b, b_held) = split(positives, 0.05, rng), split(negatives, 0.05, rng)
+    return cycle(a, b), cycle(a_held, b_held)
+
+
+def train_reward(policy, items, held_out, loss_fn, schedule, rng, head="sum", label="reward"):
     """A RewardModel started from policy, trained on items (better pair, worse pair).
 
-    A twentieth of the items is held out and picks the weights: no model is judged by its overfit.
-    Returns the model, its history and the held-out items.
+    The held-out items pick the weights: no model is judged by its overfit. Returns the model and
+    its history.
     """
     model = RewardModel(policy, head)
-    items, held_out = split(pairs, 0.05, rng)
-    history = fit(model, items, loss_fn, schedule, rng, label, held_out)
-    return model, history, held_out
+    return model, fit(model, items, loss_fn, schedule, rng, label, held_out)
 
 
 def choose_device(name):
@@ -226,16 +239,21 @@ def choose_device(name):
     if not available.get(name.split(":")[0], False):
         raise InputError(f"no device {name!r} here; available: "
                          + ", ".join(kind for kind, there in available.items() if there))
-    return torch.device(name)
+    try:
+        return torch.zeros(1, device=name).device
+    except RuntimeError as error:
+        raise InputError(f"no device {name!r} here") from error
 
 
 def claim_folder(out, overwrite):
     """Make the run's folder; refuse one that holds another run unless overwrite is set."""
     out = Path(out)
-    if (out / "config.json").exists() and not overwrite:
-        raise InputError(f"{out} holds another run: choose another --out, or --overwrite it")
     try:
+        if (out / "config.json").exists() and not overwrite:
+            raise InputError(f"{out} holds another run: choose another --out, or --overwrite it")
         out.mkdir(parents=True, exist_ok=True)
+        (out / ".part").touch()
+        (out / ".part").unlink()
     except OSError as error:
         raise InputError(f"{out}: cannot be written ({error.strerror})") from error
     return out
@@ -285,8 +303,20 @@ def read_pairs(path, tokenizer, n_positions, max_response):
     return kept
 
 
+def check_model(n_embd, n_head, vocab_size):
+    """Refuse a transformer that cannot be built. Raises InputError."""
+    if n_head < 1 or n_embd < n_head or n_embd % n_head:
+        raise InputError(f"--n-embd {n_embd} must be a multiple of --n-head {n_head}")
+    if vocab_size < 258:
+        raise InputError(f"--vocab-size {vocab_size}: 256 bytes and two special tokens are least")
+
+
 def run_stage(stage, s):
     """Train one stage as the settings say and write its checkpoint."""
+    for name in ("lr", "epochs", "batch_size", "max_response", "n_positions", "n_layer"):
+        if not (getattr(s, name) > 0 and math.isfinite(getattr(s, name))):
+            raise InputError(f"--{name.replace('_', '-')} must be positive")
+    check_model(s.n_embd, s.n_head, s.vocab_size)
     for name in {"pretrain": ["corpus"], "sft": ["demos", "init"],
                  "reward": ["positives", "negatives", "init"]}[stage] + ["out"]:
         if getattr(s, name) is None:
@@ -310,8 +340,8 @@ def run_stage(stage, s):
     out = claim_folder(s.out, s.overwrite)
     model = model.to(device)
     if stage == "reward":
-        reward, history, _ = train_reward(model, list(zip(positives, negatives)),
-                                          discriminator_step, schedule, rng, s.head, stage)
+        reward, history = train_reward(model, *pair_up(positives, negatives, rng),
+                                       discriminator_step, schedule, rng, s.head, stage)
         save_reward(out, reward, tokenizer)
     else:
         if stage == "pretrain":

@@ -13,7 +13,7 @@ from model import GPT, GPTConfig, collate, logp_seq
 from reward import (RewardModel, best_of_n_kl, best_of_n_weights, bradley_terry_loss, calibration,
                     correlation, log_ratio, mean_ci, rank_correlation, ranks, score, student_t,
                     win_rate)
-from train import Schedule, discriminator_step, fit, preference_step, train_reward
+from train import Schedule, discriminator_step, fit, pair_up, preference_step, train_reward
 
 
 def tiny(seed=0, vocab=8):
@@ -66,8 +66,8 @@ def test_learns_an_obvious_difference(head):
     rng = random.Random(3)
     negatives = random_pairs(400, rng, 2, 5)
     positives = [(x, [*y[:-1], 5]) for x, y in random_pairs(400, rng, 2, 5)]
-    model, _, _ = train_reward(tiny(), list(zip(positives, negatives)), discriminator_step,
-                               Schedule(lr=3e-3, epochs=2, batch_size=16), rng, head)
+    model, _ = train_reward(tiny(), *pair_up(positives, negatives, rng), discriminator_step,
+                            Schedule(lr=3e-3, epochs=2, batch_size=16), rng, head)
     better, worse = score(model, positives), score(model, negatives)
     assert (better > 0).mean() > 0.98 and (worse < 0).mean() > 0.98
 
@@ -79,9 +79,9 @@ def test_identical_sources_leave_a_discriminator_at_chance(head):
     400 fresh pairs, standard error 1.8%; the margin is four of them.
     """
     rng = random.Random(4)
-    items = list(zip(random_pairs(300, rng), random_pairs(300, rng)))
-    model, _, _ = train_reward(tiny(), items, discriminator_step,
-                               Schedule(lr=3e-3, epochs=3, batch_size=16), rng, head)
+    items = pair_up(random_pairs(300, rng), random_pairs(300, rng), rng)
+    model, _ = train_reward(tiny(), *items, discriminator_step,
+                            Schedule(lr=3e-3, epochs=3, batch_size=16), rng, head)
     fresh = score(model, random_pairs(800, rng))
     labels = np.arange(800) % 2 == 0
     assert abs(((fresh > 0) == labels).mean() - 0.5) < 0.072

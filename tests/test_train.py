@@ -96,6 +96,16 @@ def test_split_loses_nothing():
     assert split([1], 0.1, random.Random(0)) == ([1], [])
 
 
+def test_no_held_out_text_was_trained_on():
+    """Cycled before the split, the shorter source would stand on both sides of it."""
+    letters = list("abcdefghijklmnopqrstuvwxyz")
+    learn, held = train.pair_up(letters, list(range(200)), random.Random(0))
+    assert len(learn) == 190 and len(held) == 10
+    for side in (0, 1):
+        assert not {item[side] for item in learn} & {item[side] for item in held}
+    assert train.pair_up([], [1, 2], random.Random(0)) == ([], [])
+
+
 def test_a_folder_with_a_run_is_refused(tmp_path):
     claim_folder(tmp_path / "new", False)
     (tmp_path / "new" / "config.json").write_text("{}")

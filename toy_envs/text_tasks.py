@@ -25,7 +25,6 @@ Units: golden reward in points per response, log-densities in nats per sequence.
 """
 
 import math
-import random
 from functools import cached_property
 
 MAX_WORDS = 44          # T: the longest response, in words; the episode ends there

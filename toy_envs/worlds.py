@@ -73,6 +73,8 @@ def text_field(record, key, where):
         raise InputError(f"{where}: the field {key!r} is missing or not a string")
     if not value.strip():
         raise InputError(f"{where}: the field {key!r} is empty")
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise InputError(f"{where}: the field {key!r} holds half a surrogate pair: no text")
     return value
 
 
@@ -187,14 +189,18 @@ def file_world(s, seed):
     more_prompts = read_prompts(s.prompts) if s.prompts else []
     golden = load_golden(s.gold) if s.gold else None
     rng = random.Random(seed)
-    examples = rng.sample(examples, len(examples))
-    n_test = min(s.n_prompts, max(1, len(examples) // 5))
-    n_held = max(n_test, len(examples) // 5)
-    held, learn = examples[:n_held], examples[n_held:][:s.n_demos]
-    if not learn:
-        raise InputError(f"{s.demos}: {len(examples)} example(s) are too few to hold one out")
-    if corpus is None:
-        corpus = [e.prompt + text for e in learn for text in (e.response, e.rejected) if text]
+    by_prompt = {}
+    for e in examples:
+        by_prompt.setdefault(e.prompt, []).append(e)
+    if len(by_prompt) < 2:
+        raise InputError(f"{s.demos}: one prompt is too few to hold one out")
+    asked = rng.sample(list(by_prompt), len(by_prompt))
+    n_held = max(1, len(asked) // 5)        # a prompt is held out with all its answers
+    held = [e for x in asked[:n_held] for e in by_prompt[x]]
+    learn = [e for x in asked[n_held:] for e in by_prompt[x]][:s.n_demos]
+    more_prompts = [x for x in more_prompts if x not in asked[:n_held]]
+    if corpus is None:      # without the rejected answers: they would tell pi_0 what people dislike
+        corpus = [e.prompt + e.response for e in learn]
     tokenizer = bpe_tokenizer(corpus, s.vocab_size)
 
     def fits(prompt):
@@ -206,17 +212,22 @@ def file_world(s, seed):
     if not demos or not test:
         raise InputError(f"{s.demos}: no prompt of at most {s.max_prompt} tokens is left to "
                          f"{'train on' if not demos else 'evaluate on'}; raise --max-prompt")
+    if golden:
+        for e in learn:     # a judge that fails is refused here, before a file is written
+            golden(e.prompt, e.response)
+    answers = {e.prompt: e.response for e in reversed(test)}      # the first one of each prompt
+    test_prompts = list(answers)[:s.n_prompts]
     skipped = len(learn) + len(held) + len(more_prompts) - len(prompts) - len(test)
     pairs = [[(e.prompt, e.response, e.rejected) for e in part if e.rejected]
              for part in (demos, test)]
     return World(
         tokenizer=tokenizer, max_prompt=s.max_prompt, max_response=s.max_response, corpus=corpus,
         demos=[(e.prompt, e.response) for e in demos], train_prompts=prompts,
-        test_prompts=[e.prompt for e in test[:n_test]],
-        test_demos=[[e.response] for e in test[:n_test]], golden=golden,
+        test_prompts=test_prompts, test_demos=[[answers[x]] for x in test_prompts], golden=golden,
         preferences=pairs[0], human_pairs=pairs[1],
         notes=[f"{left_out} pairs without a common prompt or with an empty turn left out",
-               f"{skipped} prompts longer than {s.max_prompt} tokens skipped"])
+               f"{skipped} prompts longer than {s.max_prompt} tokens skipped",
+               *([] if s.corpus else ["no --corpus: pi_0 is pretrained on the demonstrations"])])
 
 
 def load_golden(spec):
@@ -224,9 +235,9 @@ def load_golden(spec):
     file, _, name = spec.rpartition(":")
     if not file or not Path(file).is_file():
         raise InputError(f"--gold {spec}: no such file; write FILE.py:FUNCTION")
-    module_spec = importlib.util.spec_from_file_location("gold", file)
-    module = importlib.util.module_from_spec(module_spec)
     try:
+        module_spec = importlib.util.spec_from_file_location("gold", file)
+        module = importlib.util.module_from_spec(module_spec)
         module_spec.loader.exec_module(module)
         function = getattr(module, name)
     except Exception as error:      # whatever the user's file raises is the user's to read
