@@ -159,7 +159,7 @@ def preference_items(world, prompts, y_sft):
 
 
 def train_rewards(world, s, run, rng, init, sft, prompts, y_init, y_sft):
-    """{name: (reward, loss name, held-out items)} for every reward model of reward.py's table."""
+    """{name: (reward, held-out items)} for every reward model of reward.py's table."""
     demos = [world.pair(x, y) for x, y in world.demos]
     data = {"init-sft": train.split(list(zip(y_sft, y_init)), 0.05, rng),    # the same prompts
             "init-demo": train.pair_up(demos, y_init, rng),
