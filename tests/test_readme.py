@@ -35,8 +35,8 @@ def result_of(label):
 
 
 @pytest.mark.parametrize("name, read, form", [
-    ("SHARES", lambda s, row: [100 * v for v in s["methods"][row]["share_of_golden_gain"]],
-     "{:.0f}% ± {:.0f}"),
+    ("SHARES", lambda s, row: [round(100 * v) for v in s["methods"][row]["share_of_golden_gain"]],
+     "{}% ± {}"),
     ("POINTS", lambda s, row: s["methods"][row]["gold"], "{:.2f} ± {:.2f}"),
     ("DIFFS", lambda s, row: next([d["mean"], d["ci95"]] for d in s["differences"]
                                   if f"{d['a']} − {d['b']}" == row), "{:.2f} ± {:.2f}"),
