@@ -119,7 +119,7 @@ def print_samples(samples, count=3):
         print("\n  " + repr(prompt if len(prompt) < 200 else "..." + prompt[-200:]))
         for name, said in list(sample.items())[1:]:
             numbers = f"{number(said['golden'], '{:+.1f}')} / {number(said['proxy'], '{:+.1f}')}"
-            print(f"    {name:14}{numbers:>14}  {said['text'].strip()}")
+            print(f"    {name:14}{numbers:>14}  {' '.join(said['text'].split())}")
 
 
 def by_seed(rows, model, key):
