@@ -10,7 +10,6 @@ ever was; the reverse KL picks one mode and writes it well.
 Shapes: R rows (starts) optimised side by side, P parameters of one row, N points of the grid.
 """
 
-import json
 import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,7 +18,7 @@ import torch
 
 from divergences import (DIVERGENCES, FORWARD_KL, TOTAL_VARIATION, f_divergence, fairl_reward,
                          forward_kl, policy_surrogate)
-from model import InputError
+from model import InputError, write_json
 from toy_envs.figures import COLORS, pyplot, save_figure
 from train import parse_settings, run_script, setting
 
@@ -285,7 +284,7 @@ def main(config):
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     results = {"settings": asdict(config), "fits": fits, "forward_kl_along": tracks}
-    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    write_json(out / "results.json", results)
     print(f"\nwrote {out}/results.json and {draw(out / 'gaussian.png', x, log_beta, fits, tracks)}")
 
 

@@ -21,7 +21,6 @@ occupancy[t,s,a] = P(s_t = s, a_t = a), which sums to T. P[s,a,s'], start[s]; al
 expectations computed: only the walks are sampled.
 """
 
-import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,7 +28,8 @@ from pathlib import Path
 import torch
 from torch.nn.functional import softplus
 
-from model import InputError
+from model import InputError, write_json
+from reward import student_t
 from toy_envs.figures import COLORS, pyplot, save_figure
 from train import parse_settings, run_script, setting
 
@@ -297,10 +297,7 @@ def score(world, rho, seen):
 
 def mean_and_interval(x):
     """Mean over the first dimension and the half-width of its 95% interval (Student's t)."""
-    nu, z = len(x) - 1, 1.959964
-    # Cornish and Fisher's expansion of the quantile about the normal's: 0.2% off at 10 values
-    t = z + (z ** 3 + z) / (4 * nu) + (5 * z ** 5 + 16 * z ** 3 + 3 * z) / (96 * nu ** 2)
-    return x.mean(0), t * x.std(0) / math.sqrt(nu + 1)
+    return x.mean(0), student_t(len(x) - 1) * x.std(0) / math.sqrt(len(x))
 
 
 # ---- the experiment -----------------------------------------------------------------------------
@@ -433,7 +430,7 @@ def main(argv=None):
         results[name] = {m: [x.tolist() for x in mean_and_interval(of[m])] for m in of}
     path = Path(s.out) / "gridworld.png"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_name("results.json").write_text(json.dumps(results, indent=1) + "\n")
+    write_json(path.with_name("results.json"), results)
     draw(path, world, scores, expert, maps, counts)
     print(f"± is a 95% interval over {s.seeds} sets of demonstrations")
     print(f"written: {path}, results.json")

@@ -24,14 +24,13 @@ N candidates, F features; a point's coordinates (quality, mark) come last. float
 Reward models: arXiv:2405.15624; the plane is ours.
 """
 
-import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
-from model import InputError
+from model import InputError, write_json
 from toy_envs.figures import COLORS, pyplot, save_figure
 from toy_envs.gridworld import mean_and_interval
 from train import parse_settings, run_script, setting
@@ -317,7 +316,7 @@ def main(argv=None):
             for reward, of in sweep_of.items()}
     path = Path(s.out) / "heterogeneity.png"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_name("results.json").write_text(json.dumps(results, indent=1) + "\n")
+    write_json(path.with_name("results.json"), results)
     draw(path, s, by_offset, by_leak, by_offset_narrow)
     print(f"\n± is a 95% interval over {s.seeds} runs\nwritten: {path}, results.json")
 

@@ -15,7 +15,6 @@ Log-probabilities and KLs are in nats per sequence.
 """
 
 import itertools
-import json
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 from divergences import DIVERGENCES, f_divergence
-from model import InputError
+from model import InputError, write_json
 from toy_envs.figures import COLORS, pyplot, save_figure
 from toy_envs.gaussian import solve
 from train import parse_settings, run_script, setting
@@ -434,7 +433,7 @@ def main(config):
     out.mkdir(parents=True, exist_ok=True)
     results = {"settings": asdict(config), "demonstrator": describe(
         demo, demonstrator_log_prob(demo)), "solutions": rows, "nobody_wrote": curves}
-    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    write_json(out / "results.json", results)
     draw_pages(out / "token_mdp.png", demo, solutions)
     draw_horizon(out / "token_mdp_horizon.png", curves)
     print(f"\nwrote results.json, token_mdp.png and token_mdp_horizon.png to {out}")

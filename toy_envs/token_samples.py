@@ -31,7 +31,6 @@ Shapes: R runs side by side, B samples of one run, T letters in a sequence, A le
 N = A^T sequences. Divergences are per sequence, in nats for the KLs.
 """
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -40,7 +39,7 @@ from tqdm import tqdm
 
 from divergences import (DIVERGENCES, FORWARD_KL, PEARSON_CHI2, discriminator_loss, f_divergence,
                          policy_surrogate)
-from model import InputError
+from model import InputError, write_json
 from toy_envs.figures import COLORS, pyplot, save_figure
 from toy_envs.token_mdp import (
     all_sequences, check_enumerable, contexts_at, demonstrator_log_prob, demonstrator_of,
@@ -366,7 +365,7 @@ def main(config):
     results = {"settings": asdict(config), "methods": rows, "accuracy": {
         kind: {"samples": SIZES, "correlation": a["correlation"], "error": a["error"]}
         for kind, a in accuracy.items()}}
-    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    write_json(out / "results.json", results)
     draw_training(out / "token_samples.png", rows, tracks)
     both = (demonstrator_log_prob(demo).exp()
             + sequence_log_prob(policy, demo.length, 0)[0].exp()) / 2
