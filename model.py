@@ -268,6 +268,13 @@ def logp_token(model, batch):
     return chosen.new_zeros(mask.shape).masked_scatter(mask, chosen)
 
 
+def logp_writable(model, batch):
+    """logp_token with zero at tokens that no policy can write, such as the demonstrator's marks:
+    they are part of the state, not actions."""
+    logp = logp_token(model, batch)
+    return logp.masked_fill(logp.isneginf(), 0.0)
+
+
 def logp_seq(model, batch):
     """log d^pi(y|x) = sum_t log pi(y_t | x, y_<t), (B,) in nats per sequence."""
     return logp_token(model, batch).sum(1)

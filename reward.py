@@ -11,9 +11,11 @@ optimum the logit is h* = log d_positives - log d_negatives, and the logit is th
     sft-demo    demonstrations   y ~ pi_SFT   who wrote is nearly all that is left
     preference  preferred        dispreferred  Bradley-Terry: needs labels the others do not get
     log-ratio   -                -            the optimum of init-sft in closed form, no training
+    floored     -                -            the log-ratio where pi_0 knows what it talks about
 
-Every reward is a function batch -> (B,), in nats per sequence for all but `preference`, whose unit
-is the log-odds of being preferred. Source: arXiv:2405.15624, section 4.
+Every reward is called with a batch and gives (B,), in nats per sequence for all but `preference`,
+whose unit is the log-odds of being preferred; `token_rewards` gives its terms, (B, T), zero outside
+the response. Source: arXiv:2405.15624, section 4.
 """
 
 import copy
@@ -25,10 +27,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import collate, logp_seq
+from divergences import discriminator_loss
+from model import GPT, collate, logp_writable
 
 HEADS = ("sum", "last")
-REWARD_MODELS = ("init-sft", "init-demo", "sft-demo", "preference", "log-ratio")
+REWARD_MODELS = ("init-sft", "init-demo", "sft-demo", "preference", "log-ratio", "floored")
 CONTROLS = ("golden", "length", "random")     # selectors that know the truth, or nothing
 
 
@@ -52,27 +55,143 @@ class RewardModel(nn.Module):
         nn.init.zeros_(self.score.bias)
 
     def token_rewards(self, batch):
-        """r(s_t, y_t) at each token, (B, T), nats; zero outside the response. For head "sum"."""
-        states = self.score(self.trunk.hidden(batch.tokens)[:, :-1])        # (B, T-1, D)
+        """r(s_t, y_t) at each token, (B, T), nats; head "last" gives all of it to the last one."""
+        hidden = self.trunk.hidden(batch.tokens)
+        if self.head == "last":
+            rows = torch.arange(len(batch.lengths), device=hidden.device)
+            return at_last_token(self.score(hidden[rows, batch.lengths - 1]).squeeze(-1), batch)
+        states = self.score(hidden[:, :-1])                                 # (B, T-1, D)
         rewards = (states * self.trunk.wte(batch.tokens[:, 1:])).sum(-1)
         return F.pad(rewards, (1, 0)) * batch.response_mask()
 
     def forward(self, batch):
         """r(x, y), (B,): the discriminator's logit, in nats per sequence."""
-        if self.head == "sum":
-            return self.token_rewards(batch).sum(1)
-        rows = torch.arange(len(batch.lengths), device=batch.lengths.device)
-        return self.score(self.trunk.hidden(batch.tokens)[rows, batch.lengths - 1]).squeeze(-1)
+        return self.token_rewards(batch).sum(1)
 
 
-def log_ratio(sft, init):
-    """The closed form h*(x,y) = log pi_SFT(y|x) - log pi_0(y|x), nats per sequence."""
-    return lambda batch: logp_seq(sft, batch) - logp_seq(init, batch)
+def at_last_token(rewards, batch):
+    """(B, T): the rewards (B,) of whole responses, given at their last token."""
+    t = torch.arange(batch.tokens.shape[1], device=rewards.device)
+    return rewards[:, None] * (t == batch.lengths[:, None] - 1)
+
+
+class LogRatio(nn.Module):
+    """The closed form h*(x,y) = sum_t log pi_SFT(y_t|s_t) - log pi_0(y_t|s_t), nats per sequence.
+
+    floor = 0 is the ratio itself. It is noise where both probabilities are tiny: at a word that
+    neither policy would write, hence best-of-N picks such words. With a floor of alpha > 0 the
+    denominator is max(pi_0(a|s), alpha max_a' pi_0(a'|s)): an implausible word earns no more than
+    pi_SFT grants it. 0.1 is the usual share; cf. the plausibility constraint of contrastive
+    decoding, arXiv:2210.15097, which draws the line by the stronger model instead.
+    """
+
+    def __init__(self, sft, init, floor=0.0):
+        super().__init__()
+        self.sft, self.init, self.floor = sft, init, floor
+        self.config, self.wte = sft.config, sft.wte
+
+    def log_ratio(self, hidden_sft, hidden_init):
+        """(log pi_SFT, log pi_SFT - log max(pi_0, floor)) of every next token, (..., V) each."""
+        sft = self.sft.logits(hidden_sft).log_softmax(-1)
+        init = self.init.logits(hidden_init).log_softmax(-1)
+        if self.floor:
+            init = init.maximum(init.amax(-1, keepdim=True) + math.log(self.floor))
+        return sft, (sft - init).masked_fill(sft.isneginf(), -math.inf)
+
+    def token_rewards(self, batch):
+        """The term of each token, (B, T); -inf at a token that neither policy can write."""
+        mask = batch.response_mask()
+        hidden = (policy.hidden(batch.tokens)[:, :-1][mask[:, 1:]]
+                  for policy in (self.sft, self.init))
+        ratio = self.log_ratio(*hidden)[1].gather(1, batch.tokens[mask][:, None]).squeeze(1)
+        return ratio.new_zeros(mask.shape).masked_scatter(mask, ratio)
+
+    def forward(self, batch):
+        return self.token_rewards(batch).sum(1)
+
+
+class TokenExtrapolation(LogRatio):
+    """A policy in closed form: pi(a|s) = pi_SFT(a|s) e^(h*(s,a)/beta) / Z(s), sampled as GPT is.
+
+    Without a floor it is pi_SFT^(1 + 1/beta) pi_0^(-1/beta), normalised at every token. That is not
+    the sequence-level optimum pi*(y|x) = pi_SFT(y|x) e^(h*(x,y)/beta) / Z(x): this one's conditionals
+    look ahead, pi*(a|s) = pi_SFT(a|s) e^(h*(s,a)/beta) V(s,a)/V(s), with the soft value V(s) =
+    E_SFT[e^(h* still to come / beta) | s]. The two differ by log pi(y|x) = log pi*(y|x) + log Z(x)
+    - sum_t log Z(s_t): they agree where sum_t log Z(s_t) is the same for all y, e.g. at the last step.
+    """
+    generate, _prefill = GPT.generate, GPT._prefill
+
+    def __init__(self, sft, init, beta, floor=0.0):
+        super().__init__(sft, init, floor)
+        self.beta = beta
+        self.h = [*sft.h, *init.h]      # one cache a layer
+
+    def hidden(self, idx, positions=None, caches=None, mask=None):
+        """Both policies' hidden states side by side, (B, T, 2D)."""
+        n = len(self.sft.h)
+        return torch.cat([self.sft.hidden(idx, positions, caches and caches[:n], mask),
+                          self.init.hidden(idx, positions, caches and caches[n:], mask)], -1)
+
+    def logits(self, hidden):
+        sft, ratio = self.log_ratio(*hidden.chunk(2, -1))
+        return sft + ratio / self.beta
+
+
+class Adversary:
+    """r(h) of a discriminator that is trained along with the policy: online adversarial imitation.
+
+    D = sigmoid(h) tells demonstrations from the policy's samples; r(h) = f*(f'(e^h)) is the reward
+    whose policy gradient, h held constant, is that of -D_f(beta || pi): see divergences.py.
+
+    judge            the discriminator, a RewardModel
+    smoothing        one-sided label smoothing: a demonstration's label is 1 - smoothing, which
+                     bounds h* above by log(1/smoothing - 1)
+    clip             largest absolute reward: e^h of one sample must not be the whole gradient
+    keep_old         half of the negatives are by older policies, so that the judge does not forget
+                     what the policy has already unlearned; h* is then against that mixture
+    """
+
+    def __init__(self, judge, demos, divergence, rng, smoothing=0.0, clip=10.0, keep_old=True):
+        self.judge, self.demos, self.divergence, self.rng = judge, demos, divergence, rng
+        self.smoothing, self.clip, self.keep_old, self.old = smoothing, clip, keep_old, []
+        self.optimizer = torch.optim.AdamW(judge.parameters(), lr=1e-3, betas=(0.9, 0.99),
+                                           weight_decay=0.0)
+
+    def learn(self, own):
+        """One step of the discriminator: as many demonstrations as samples, pairs (x, y)."""
+        demos, negatives = self.rng.choices(self.demos, k=len(own)), own
+        if self.keep_old:
+            self.old += own
+            negatives = own[::2] + self.rng.choices(self.old, k=len(own) - len(own[::2]))
+        h = self.judge(collate(demos + negatives, next(self.judge.parameters()).device))
+        h_demo, h_policy = h[:len(demos)], h[len(demos):]
+        loss = discriminator_loss(h_demo, h_policy) + self.smoothing * h_demo.mean()
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+
+    def token_rewards(self, batch):
+        """r(h), all of it at the last token, since it is no sum: (B, T)."""
+        reward = self.divergence.reward(self.judge(batch))
+        return at_last_token(reward.clamp(-self.clip, self.clip), batch)
+
+    def __call__(self, batch):
+        return self.token_rewards(batch).sum(1)
 
 
 def bradley_terry_loss(reward_preferred, reward_other):
     """-E[log sigmoid(r+ - r-)]: nats; log 2 at chance. Source: Bradley and Terry 1952."""
     return F.softplus(reward_other - reward_preferred).mean()
+
+
+def implicit_reward(policy, reference, batch, beta):
+    """beta (log pi - log pi_ref)(y|x), (B,): the reward that pi would be the optimum of.
+
+    Bradley-Terry on it is DPO (preferred against dispreferred, arXiv:2305.18290) and SPIN
+    (demonstrations against the reference's own samples, arXiv:2401.01335). Tokens that no policy
+    can write are states, not actions: they count nothing.
+    """
+    return beta * (logp_writable(policy, batch) - logp_writable(reference, batch).detach()).sum(1)
 
 
 @torch.inference_mode()

@@ -21,10 +21,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from divergences import discriminator_loss
+from divergences import discriminator_loss, policy_gradient_loss
 from model import (GPT, GPTConfig, InputError, bpe_tokenizer, collate, encode_documents,
                    encode_pair, load_pretrained, logp_token, save_pretrained, write_aside)
-from reward import HEADS, RewardModel, bradley_terry_loss
+from reward import (HEADS, RewardModel, at_last_token, bradley_terry_loss,
+                    implicit_reward)
 from toy_envs.worlds import read_examples, read_texts
 
 
@@ -144,13 +145,7 @@ def fit(model, items, loss_fn, schedule, rng, label="fit", held_out=None):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(schedule, step, steps)
         loss = loss_fn(model, queue.pop())
-        if not math.isfinite(loss.item()):
-            raise InputError(f"{label}: the loss is {loss.item()} at step {step}; a lower learning "
-                             "rate may help")
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), schedule.clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        take_step(model, optimizer, loss, schedule.clip, label, step)
         history.append({"step": step, "loss": loss.item()})
         if held_out and step in looks:
             history[-1]["held_out"] = now = mean_loss(model, held_out, loss_fn, schedule.batch_size)
@@ -160,6 +155,17 @@ def fit(model, items, loss_fn, schedule, rng, label="fit", held_out=None):
     if best_state is not None:
         model.load_state_dict(best_state)
     return history
+
+
+def take_step(model, optimizer, loss, clip, label, step):
+    """One step down the loss, its gradient clipped. Raises InputError if the loss is not finite."""
+    if not math.isfinite(loss.item()):
+        raise InputError(f"{label}: the loss is {loss.item()} at step {step}; a lower learning "
+                         "rate may help")
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
 
 
 @torch.inference_mode()
@@ -228,6 +234,58 @@ def train_reward(policy, items, held_out, loss_fn, schedule, rng, head="sum", la
     """
     model = RewardModel(policy, head)
     return model, fit(model, items, loss_fn, schedule, rng, label, held_out)
+
+
+def optimise_policy(sft, reward, draw, steps, schedule, beta, k, ppo_clip=0.0, dense=True,
+                    label="policy", watch=None):
+    """max over pi of E_pi[r] - beta KL(pi || pi_SFT), starting at pi_SFT, by REINFORCE with a
+    leave-one-out baseline. Returns the policy and its history: the samples' means in nats per
+    sequence, and what watch(pairs) says of them.
+
+    draw(policy) gives pairs, the k samples of a prompt together; a reward that learns along has
+    learn(pairs). dense: a reward that is a sum over tokens is given where it is earned.
+    """
+    policy, history = copy.deepcopy(sft), []
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=schedule.lr, betas=(0.9, 0.95),
+                                  weight_decay=schedule.weight_decay)
+    for step in tqdm(range(steps), desc=label, unit="step", disable=None, leave=False):
+        pairs = draw(policy)
+        if hasattr(reward, "learn"):
+            reward.learn(pairs)
+        batch = collate(pairs, device_of(policy))
+        with torch.no_grad():
+            rewards, reference = reward.token_rewards(batch), logp_token(sft, batch)
+            if not dense:
+                rewards = at_last_token(rewards.sum(1), batch)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(schedule, step, steps)
+        old = None
+        for _ in range(4 if ppo_clip else 1):
+            logp = logp_token(policy, batch)
+            old = logp.detach() if old is None else old
+            loss = policy_gradient_loss(logp, old, reference, rewards, batch.response_mask(), beta,
+                                        k, ppo_clip)
+            take_step(policy, optimizer, loss, schedule.clip, label, step)
+        history.append({"step": step, "proxy": rewards.sum(1).mean().item(),
+                        "kl_from_sft": (old - reference).sum(1).mean().item(),
+                        "entropy": -old.sum(1).mean().item(), **(watch(pairs) if watch else {})})
+    return policy, history
+
+
+def fit_pairs(reference, items, beta, schedule, rng, label="pairs"):
+    """The policy, started at the reference, of least Bradley-Terry loss of its implicit reward
+    beta (log pi - log pi_ref) on items (preferred pair, other pair), and the history.
+
+    Labelled pairs make this DPO; a demonstration and pi_ref's own sample make it SPIN.
+    """
+    policy = copy.deepcopy(reference)
+
+    def loss_fn(model, items):
+        batch = collate([pair for item in items for pair in item], device_of(model))
+        r = implicit_reward(model, reference, batch, beta)
+        return bradley_terry_loss(r[0::2], r[1::2])
+    learn, held_out = split(items, 0.05, rng)
+    return policy, fit(policy, learn, loss_fn, schedule, rng, label, held_out)
 
 
 def choose_device(name):

@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 
 from reward import CONTROLS, mean_ci
+from toy_envs.truth import name_of
 
 COLORS = {
     # reward models
     "init-sft": "#0072B2", "init-demo": "#E69F00", "sft-demo": "#D55E00",
-    "preference": "#009E73", "log-ratio": "#56B4E9",
+    "preference": "#009E73", "log-ratio": "#56B4E9", "floored": "#F0E442",
     # controls and policies
     "golden": "#000000", "length": "#CC79A7", "random": "#999999",
     "init": "#999999", "sft": "#0072B2", "demo": "#E69F00",
@@ -77,20 +78,22 @@ def interval(records, key, within):
 def print_table(rows, n):
     """The final table, means over seeds: golden reward beside every proxy."""
     over = "seeds" if len({r["seed"] for r in rows}) > 1 else "prompts"
-    print(f"\nbest-of-N at N = {n}; golden reward in points +- 95% over {over}; KL in nats")
-    print(f"{'':18}{'golden':>14}{'proxy':>8}{'win/SFT':>9}{'win/demo':>10}{'KL':>7}{'length':>8}")
+    print(f"\ngolden reward in points +- 95% over {over}; best-of-N at N = {n}; KLs and entropy in nats;"
+          f"\nrev, fwd: KL from and to the demonstrator")
+    columns = (("proxy_mean", "proxy", 7), ("win_vs_sft", "w/SFT", 6), ("win_vs_demo", "w/demo", 7),
+               ("kl_from_sft", "KL", 6), ("reverse_kl", "rev", 6), ("forward_kl", "fwd", 6),
+               ("entropy", "H", 6), ("length_mean", "len", 6))
+    print(f"{'':20}{'golden':>12}" + "".join(f"{title:>{width}}" for _, title, width in columns))
     names = {"init": "pi_0", "sft": "pi_SFT", "demo": "demonstrations"}
-    for method, model in dict.fromkeys((r["method"], r["reward_model"]) for r in rows):
-        mine = [r for r in rows if (r["method"], r["reward_model"]) == (method, model)
-                and r["n"] == (n if method == "bon" else 1)]
-        columns = [(number(over_seeds(mine, key)), width)
-                   for key, width in (("proxy_mean", 8), ("win_vs_sft", 9), ("win_vs_demo", 10),
-                                      ("kl_from_sft", 7))]
+    shown = [r for r in rows if r["n"] == (n if r["method"] == "bon" else 1)]
+    for name in dict.fromkeys((r["method"], name_of(r)) for r in shown):
+        mine = [r for r in shown if (r["method"], name_of(r)) == name]
+        label = names.get(name[0], f"  bon {name[1]}" if name[0] == "bon" else f"  {name[1]}")
         gold = number(over_seeds(mine, "gold_mean"))
         half = number(interval(mine, "gold_mean", "gold_ci95"))
-        print(f"{names.get(method, f'  bon {model}'):18}{gold:>7} +-{half:>4}"
-              + "".join(f"{text:>{width}}" for text, width in columns)
-              + f"{over_seeds(mine, 'length_mean'):>8.1f}")
+        cells = "".join(f"{number(over_seeds(mine, key), '{:.1f}' if width == 6 and key[0] in 'krefl' else '{:.2f}'):>{width}}"
+                        for key, _, width in columns)
+        print(f"{label:20}{gold:>6}+-{half:>4}{cells}")
 
 
 def print_reward_models(records):

@@ -28,7 +28,7 @@ import math
 from functools import cached_property
 
 MAX_WORDS = 44          # T: the longest response, in words; the episode ends there
-NOISE = 0.002           # share of responses that are babble: finite densities, little of it seen
+NOISE = 1e-4            # share of responses that are babble: finite densities, hardly ever seen
 TAU = 1.0               # the demonstrator's temperature: one point of reward is one nat
 LENGTHS = {2: 0.3, 3: 0.4, 4: 0.3}      # P(K), clauses per response in the base language
 BABBLE_STOP = 1 / 16    # a babbler stops after each word with this probability

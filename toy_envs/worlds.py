@@ -150,6 +150,7 @@ class World:
     test_prompts: list          # held-out prompts
     test_demos: list            # per held-out prompt, the demonstrator's responses to it
     golden: object = None       # (prompt, response) -> points, or None where nobody knows
+    demo_logp: object = None    # (prompt, response) -> log d_beta(y|x), marks aside, or None
     unmark: object = None       # response -> response without the demonstrator's marks
     preferences: list = field(default_factory=list)     # (prompt, chosen, rejected), for training
     human_pairs: list = field(default_factory=list)     # the same, held out
@@ -179,7 +180,7 @@ def text_world(s, seed):
         demos=[(x, task.demonstrate(x, rng)) for x in rng.choices(learn, k=s.n_demos)],
         train_prompts=learn, test_prompts=test,
         test_demos=[[task.demonstrate(x, rng) for _ in range(8)] for x in test],
-        golden=task.golden, unmark=task.unmark)
+        golden=task.golden, demo_logp=task.demo_logp, unmark=task.unmark)
 
 
 def file_world(s, seed):

@@ -1,0 +1,260 @@
+"""The truth beside every number: what the golden reward and the demonstrator's density say of a
+writer, which no learner ever sees. Rows of results.json are made here.
+
+Shapes: P held-out prompts, M responses to each. Golden reward in points per response; proxy
+rewards, entropy and KLs in nats per sequence.
+
+    kl_from_sft   E_pi[log pi - log pi_SFT]: how far the writer has moved
+    entropy       E_pi[-log pi]
+    distinct      share of different responses among those to one prompt
+    reverse_kl    E_pi[log pi - log d_beta]: high if it writes what the demonstrator would not
+    forward_kl    E_beta[log d_beta - log pi]: high if it would not write what the demonstrator does
+
+A best-of-n selector's density is known at its candidates alone, where its ratio to pi_SFT is M
+times the candidate's weight: so its entropy and reverse KL are estimated, and its forward KL, which
+needs the density at demonstrations, is not.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from model import logp_seq, sample_responses
+from reward import (LogRatio, best_of_n_kl, best_of_n_weights, calibration, mean_ci,
+                    rank_correlation, score, win_rate)
+
+SAMPLES = 8         # responses of each policy to each held-out prompt
+
+
+@dataclass
+class Responses:
+    """What one writer wrote to the held-out prompts."""
+    texts: list             # [prompt][response]
+    pairs: list             # flat (prompt ids, response ids), a prompt's responses together
+    lengths: np.ndarray     # (P, M) tokens, EOS included
+    gold: np.ndarray        # (P, M) points, or None where nobody knows
+    density: np.ndarray     # (P, M) log d_beta(y|x), marks aside; or None where nobody knows
+
+
+def read(world, rows):
+    """The Responses of response ids, rows[prompt][response]."""
+    ids = [world.tokenizer.encode(x) for x in world.test_prompts]
+    texts = [[world.text(y) for y in row] for row in rows]
+
+    def every(function):
+        return function and np.array([[function(x, y) for y in row]
+                                      for x, row in zip(world.test_prompts, texts)])
+    return Responses(texts, [(x, y) for x, row in zip(ids, rows) for y in row],
+                     np.array([[len(y) for y in row] for row in rows], float),
+                     every(world.golden), every(world.demo_logp))
+
+
+def write(world, policy, n, generator, label):
+    """Responses of a policy: n samples to each held-out prompt."""
+    ids = [world.tokenizer.encode(x) for x in world.test_prompts]
+    return read(world, sample_responses(policy, ids, n, world.max_response, world.tokenizer.eos,
+                                        generator, label=label))
+
+
+class Truth:
+    """One seed's judge: `rows` collects what each method achieves on the held-out prompts."""
+
+    def __init__(self, world, source, init, sft, n_candidates, device, generator):
+        self.world, self.source, self.device, self.generator = world, source, device, generator
+        self.sft, self.rows = sft, []
+
+        def demonstrations(strip):      # cut and read as the policy's responses are
+            return read(world, [[world.pair(x, strip(y))[1] for y in row]
+                                for x, row in zip(world.test_prompts, world.test_demos)])
+        self.demo = demonstrations(str)
+        self.unmarked = demonstrations(world.unmark) if world.unmark else self.demo
+        self.candidates = write(world, sft, n_candidates, generator, "pi_SFT's candidates")
+        self.rival = write(world, sft, SAMPLES, generator, "rivals")    # others than those picked
+        self.sft_logp = self.logp(sft, self.candidates)
+        self.init = self.add_policy("init", init)
+        self.add_row("sft", self.candidates, logp=self.sft_logp, kl_from_sft=0.0,
+                     forward_kl=self.forward_kl(sft))
+        self.add_row("demo", self.demo, logp=self.demo.density,
+                     forward_kl=None if self.demo.density is None else 0.0)
+
+    def logp(self, policy, responses):
+        """log pi(y|x), (P, M)."""
+        values = score(lambda batch: logp_seq(policy, batch), responses.pairs, self.device)
+        return values.reshape(responses.lengths.shape)
+
+    def forward_kl(self, policy):
+        """E_beta[log d_beta - log pi] over held-out demonstrations without their marks."""
+        if self.unmarked.density is None:
+            return None
+        return float((self.unmarked.density - self.logp(policy, self.unmarked)).mean())
+
+    def add_row(self, method, responses, weights=None, logp=None, **columns):
+        """One row: means over prompts of the responses under `weights` (P, M), equal if None.
+
+        logp (P, M): the writer's own log-density, where it is known.
+        """
+        if weights is None:
+            weights = np.full(responses.lengths.shape, 1 / responses.lengths.shape[1])
+
+        def mean(values):
+            return None if values is None else float((weights * values).sum(1).mean())
+        row = {**self.source, "method": method, "reward_model": None, "n": 1, "beta": None,
+               **dict.fromkeys(("gold_mean", "gold_ci95", "win_vs_sft", "win_vs_demo",
+                                "proxy_mean", "kl_from_sft"))}
+        if responses.gold is not None:
+            row["gold_mean"], row["gold_ci95"] = mean_ci((weights * responses.gold).sum(1))
+            row["win_vs_sft"] = mean(win_rate(responses.gold, self.rival.gold))
+            row["win_vs_demo"] = mean(win_rate(responses.gold, self.demo.gold))
+        known = logp is not None and responses.density is not None
+        self.rows.append({
+            **row, "length_mean": mean(responses.lengths),
+            "entropy": None if logp is None else -mean(logp), "distinct": distinct(responses.texts),
+            "forward_kl": None, "reverse_kl": mean(logp - responses.density) if known else None,
+            "seconds": None, **columns})
+
+    def add_policy(self, method, policy, reward=None, **columns):
+        """A row of a policy from fresh samples; reward: the proxy it was optimised for, if any."""
+        responses = write(self.world, policy, SAMPLES, self.generator, method)
+        logp = self.logp(policy, responses)
+        proxy = None
+        if reward is not None:
+            proxy = float(score(reward, responses.pairs, self.device).mean())
+        self.add_row(method, responses, logp=logp, proxy_mean=proxy,
+                     kl_from_sft=float((logp - self.logp(self.sft, responses)).mean()),
+                     forward_kl=self.forward_kl(policy), **columns)
+        return responses
+
+    def add_best_of_n(self, name, values, **columns):
+        """Rows of best-of-n by scores (P, N) of the candidates, n = 1, 2, 4, ... N."""
+        M = values.shape[1]
+        for n in (2 ** k for k in range(M.bit_length())):
+            weights = best_of_n_weights(values, n)
+            picked = weights if name == "random" else np.maximum(weights * M, 1e-300)
+            logp = self.sft_logp + (0.0 if name == "random" else np.log(picked))
+            self.add_row("bon", self.candidates, weights, logp, reward_model=name, n=n,
+                         proxy_mean=float((weights * values).sum(1).mean()),
+                         kl_from_sft=0.0 if name == "random" else best_of_n_kl(n), **columns)
+
+
+def truth_of_batch(world, pairs):
+    """What the truth says of a batch of samples: means of whatever the world knows."""
+    texts = [(world.text(x), world.text(y)) for x, y in pairs]
+    record = {"length": sum(len(y) for _, y in pairs) / len(pairs)}
+    for name, function in (("golden", world.golden), ("demo_logp", world.demo_logp)):
+        if function:
+            record[name] = sum(function(*text) for text in texts) / len(texts)
+    return record
+
+
+def distinct(texts):
+    """Share of different responses among those to one prompt: the mean over prompts."""
+    return float(np.mean([len(set(row)) / len(row) for row in texts]))
+
+
+# ---- what the reward models learned --------------------------------------------------------------
+
+def inspect_rewards(world, seed, rewards, scores, candidates, device):
+    """What each reward model has learned: one record a model.
+
+    accuracy and calibration on its own held-out pairs; rank correlation within a prompt with the
+    golden reward and with length; what the demonstrator's marks are worth to it, in standard
+    deviations of its scores; how often it agrees with people on held-out pairs.
+    """
+    records = []
+    for name, (reward, held) in rewards.items():
+        mine = scores[name]
+        record = {"seed": seed, "reward_model": name,
+                  **held_out_quality(reward, held, name, device),
+                  "corr_golden": (None if candidates.gold is None
+                                  else rank_correlation(mine, candidates.gold)),
+                  "corr_length": rank_correlation(mine, candidates.lengths),
+                  "marks_worth": None, "human_agreement": None, "human_ci95": None,
+                  "human_pairs": len(world.human_pairs)}
+        if world.unmark and not isinstance(reward, LogRatio):    # to a policy that cannot write them: -inf
+            marked, plain = (score(reward, [world.pair(x, strip(y)) for x, y in world.demos[:500]],
+                                   device) for strip in (str, world.unmark))
+            record["marks_worth"] = float((marked - plain).mean() / mine.std())
+        if world.human_pairs:
+            chosen, rejected = (score(reward, [world.pair(p[0], p[k]) for p in world.human_pairs],
+                                      device) for k in (1, 2))
+            record["human_agreement"], record["human_ci95"] = mean_ci(
+                (chosen > rejected) + (chosen == rejected) / 2)
+        records.append(record)
+    return records
+
+
+def held_out_quality(reward, items, name, device):
+    """Accuracy and calibration error on held-out (better, worse) pairs; nan without any.
+
+    A discriminator's logits are judged against their labels one by one; Bradley-Terry rewards are
+    defined up to a constant, so their differences are, in both orders.
+    """
+    better, worse = (score(reward, [item[k] for item in items], device) for k in (0, 1))
+    if not items:
+        return {"accuracy": math.nan, "calibration_error": math.nan}
+    if name == "preference":
+        better, worse = better - worse, worse - better
+    logits, labels = np.concatenate([better, worse]), np.repeat([1.0, 0.0], len(better))
+    return {"accuracy": float(((logits > 0) == (labels > 0)).mean()),
+            "calibration_error": calibration(logits, labels)}
+
+
+# ---- what is said at the end ---------------------------------------------------------------------
+
+COMPARISONS = (("init-sft", "sft"), ("init-sft", "demo"), ("init-sft", "init-demo"),
+               ("init-demo", "sft-demo"), ("log-ratio", "init-sft"), ("floored", "log-ratio"),
+               ("floored", "init-sft"))
+
+
+def name_of(row):
+    """A row's name in tables: a selector's is its reward model's, a policy's says how it came."""
+    if row["method"] == "bon":
+        return row["reward_model"]
+    parts = [row["method"], row["reward_model"], row["beta"] and f"{row['beta']:g}"]
+    return " ".join(part for part in parts if part)
+
+
+def summarise(rows, n):
+    """Means over seeds with Student's t intervals, best-of-n throughout: the golden reward of each
+    method, its share of the golden selector's gain over SFT, and paired differences.
+    """
+    gold = {(r["seed"], name_of(r)): r["gold_mean"] for r in rows
+            if r["n"] == (n if r["method"] == "bon" else 1)}
+    seeds, names = sorted({seed for seed, _ in gold}), list(dict.fromkeys(name for _, name in gold))
+
+    def share(seed, name):
+        sft, best = gold[seed, "sft"], gold[seed, "golden"]
+        return (gold[seed, name] - sft) / (best - sft) if best > sft else math.nan
+
+    names = [name for name in names if all((k, name) in gold for k in seeds)]
+    methods = {name: {"gold": mean_ci([gold[k, name] for k in seeds]),
+                      "share_of_golden_gain": mean_ci([share(k, name) for k in seeds])}
+               for name in names}
+    differences = []
+    for a, b in COMPARISONS:
+        if a in names and b in names:
+            mean, ci = mean_ci([gold[k, a] - gold[k, b] for k in seeds])
+            differences.append({"a": a, "b": b, "mean": mean, "ci95": ci})
+    return {"n": n, "seeds": seeds, "methods": methods, "differences": differences}
+
+
+def pick_samples(truth, proxy, n, optimised):
+    """Per held-out prompt, side by side: a sample of pi_0, one of pi_SFT, the pick of n by `proxy`
+    (P, N), a sample of the optimised policy if there is one, a demonstration; each with its golden
+    reward, and the candidates with their proxy.
+    """
+    def said(responses, i, j, proxy=None):
+        return {"text": responses.texts[i][j],
+                "golden": None if responses.gold is None else float(responses.gold[i][j]),
+                "proxy": None if proxy is None else float(proxy[i][j])}
+
+    samples = []
+    for i, prompt in enumerate(truth.world.test_prompts):
+        side = {"prompt": prompt, "pi_0": said(truth.init, i, 0),
+                "pi_SFT": said(truth.candidates, i, 0, proxy),
+                f"best of {n}": said(truth.candidates, i, int(proxy[i][:n].argmax()), proxy)}
+        if optimised:
+            side["optimised"] = said(optimised, i, 0)
+        samples.append({**side, "demonstration": said(truth.demo, i, 0)})
+    return samples
