@@ -63,7 +63,7 @@ class Settings:
                                              + ", ".join(METHODS) + "; all; none")
     optimise: str = setting("init-sft", "po: against which reward models, with commas; all")
     betas: str = setting("0.3", "po, closed-form: weights of KL(pi || pi_SFT), with commas")
-    divergences: str = setting("reverse_kl,forward_kl,jensen_shannon",
+    divergences: str = setting("reverse_kl,forward_kl",
                                "adversarial: which divergences to minimise, with commas")
     out: str = setting("out/afd", "folder for config, metrics, results, checkpoints and figures")
     overwrite: bool = setting(False, "replace the run that --out holds")
@@ -93,7 +93,7 @@ class Settings:
     pretrain_epochs: float = setting(0.0, "passes over the corpus (0: 1, or 4 with --demos)")
     sft_epochs: float = setting(2.0, "passes over the demonstrations")
     reward_epochs: float = setting(1.0, "passes over the reward models' pairs")
-    policy_steps: int = setting(120, "po, adversarial: policy-gradient steps")
+    policy_steps: int = setting(100, "po, adversarial: policy-gradient steps")
     group: int = setting(4, "po, adversarial: samples of one prompt, whose baseline is the others")
     dense: bool = setting(True, "po: reward each token where it is earned, not all at the last")
     ppo_clip: float = setting(0.0, "po, adversarial: PPO's clip, with four steps a batch (0: off)")
@@ -123,8 +123,9 @@ def schedules(s):
                                  weight_decay=0.0),
             "sft": Schedule(lr=1e-3, epochs=s.sft_epochs, batch_size=16, weight_decay=0.0),
             "reward": Schedule(lr=3e-3, epochs=s.reward_epochs, batch_size=16, weight_decay=0.0),
-            "policy": Schedule(lr=1e-3, epochs=1, batch_size=32, weight_decay=0.0),
-            "pairs": Schedule(lr=3e-4, epochs=1, batch_size=16, weight_decay=0.0)}
+            "po": Schedule(lr=3e-3, batch_size=16, weight_decay=0.0),
+            "adversarial": Schedule(lr=3e-4, batch_size=16, weight_decay=0.0),
+            "pairs": Schedule(lr=3e-4, batch_size=16, weight_decay=0.0)}
 
 
 # ---- the algorithm ------------------------------------------------------------------------------
@@ -259,13 +260,13 @@ def best_of_n(s, run, rewards, truth):
 
 # ---- beyond best-of-N: the policy itself moves ---------------------------------------------------
 
-def optimise_policy(world, s, run, sft, reward, beta, label, dense=True):
+def optimise_policy(world, s, run, sft, reward, plan, beta, label, dense=True):
     """max over pi of E_pi[r] - beta KL(pi || pi_SFT), from pi_SFT; optimum pi_SFT e^(r/beta) / Z.
 
     Every step draws s.group samples to each of a batch of prompts. Returns the policy; its history,
     with the truth that the learner does not see, goes to run.curves.
     """
-    rng, generator, plan = run.rng(label), run.generator(label), schedules(s)["policy"]
+    rng, generator = run.rng(label), run.generator(label)
 
     def draw(policy):
         ids = [world.tokenizer.encode(x)
@@ -305,13 +306,13 @@ def self_play(world, s, run, sft, demos, rounds, label):
 
 def run_methods(world, s, run, init, sft, rewards, labelled, truth):
     """A row of the table for every policy of --methods. Returns what the first one wrote."""
-    first, demos = None, [world.pair(x, y) for x, y in world.demos]
+    first, plan, demos = None, schedules(s), [world.pair(x, y) for x, y in world.demos]
     if "po" in s.methods:
         for model in s.optimise:
             for beta in s.betas if model == s.optimise[0] else s.betas[:1]:
                 label = f"po {model} {beta:g}"
-                policy = optimise_policy(world, s, run, sft, rewards[model][0], beta, label,
-                                         s.dense)
+                policy = optimise_policy(world, s, run, sft, rewards[model][0], plan["po"], beta,
+                                         label, s.dense)
                 responses = truth.add_policy("po", policy, rewards[model][0], reward_model=model,
                                              beta=beta, seconds=run.seconds[label])
                 first = first or responses
@@ -326,7 +327,8 @@ def run_methods(world, s, run, init, sft, rewards, labelled, truth):
             adversary = Adversary(RewardModel(init, s.head), demos, get_divergence(name),
                                   run.rng(f"judge {name}"), s.label_smoothing, s.reward_clip,
                                   s.keep_old)
-            policy = optimise_policy(world, s, run, sft, adversary, 0.0, label, dense=False)
+            policy = optimise_policy(world, s, run, sft, adversary, plan["adversarial"], 0.0,
+                                     label, dense=False)
             truth.add_policy("adversarial", policy, adversary, reward_model=name,
                              seconds=run.seconds[label])
     pair_methods = {"spin": lambda: self_play(world, s, run, sft, demos, 1, "spin"),

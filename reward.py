@@ -154,7 +154,7 @@ class Adversary:
     def __init__(self, judge, demos, divergence, rng, smoothing=0.0, clip=10.0, keep_old=True):
         self.judge, self.demos, self.divergence, self.rng = judge, demos, divergence, rng
         self.smoothing, self.clip, self.keep_old, self.old = smoothing, clip, keep_old, []
-        self.optimizer = torch.optim.AdamW(judge.parameters(), lr=1e-3, betas=(0.9, 0.99),
+        self.optimizer = torch.optim.AdamW(judge.parameters(), lr=3e-3, betas=(0.9, 0.99),
                                            weight_decay=0.0)
 
     def learn(self, own):

@@ -1,8 +1,10 @@
 """The whole line, small: what a run writes, that it repeats, and every bad input it refuses."""
 
 import json
+import math
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -12,19 +14,28 @@ import torch
 import afd
 from model import InputError, load_pretrained
 from reward import CONTROLS, REWARD_MODELS
+from toy_envs.truth import held_out_quality
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--n-corpus", "300", "--n-demos", "60", "--n-samples", "60", "--n-prompts", "6",
          "--n-candidates", "4", "--n-embd", "16", "--n-layer", "1", "--n-head", "2",
          "--device", "cpu"]
-ROW_KEYS = ["task", "seed", "method", "reward_model", "n", "gold_mean", "gold_ci95", "win_vs_sft",
-            "win_vs_demo", "proxy_mean", "kl_from_sft", "length_mean"]
+ROW_KEYS = ["task", "seed", "method", "reward_model", "n", "beta", "gold_mean", "gold_ci95",
+            "win_vs_sft", "win_vs_demo", "proxy_mean", "kl_from_sft", "length_mean", "entropy", "distinct",
+            "forward_kl", "reverse_kl", "seconds"]
+EVERYTHING = ["--heterogeneity", "0.5", "--methods", "all", "--optimise", "all", "--policy-steps",
+              "2", "--betas", "1,0.3"]
+
+
+def untimed(rows):
+    """Rows without the seconds they took: those are the machine's, not the seed's."""
+    return [{**row, "seconds": None} for row in rows]
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     out = tmp_path_factory.mktemp("run") / "a"
-    return out, afd.main([*SMALL, "--heterogeneity", "0.5", "--seeds", "2", "--out", str(out)])
+    return out, afd.main([*SMALL, *EVERYTHING, "--seeds", "2", "--out", str(out)])
 
 
 def test_a_run_writes_what_it_promises(run):
@@ -33,7 +44,9 @@ def test_a_run_writes_what_it_promises(run):
     assert "NaN" not in (out / "results.json").read_text()
     assert written["rows"] == results["rows"] and list(written["rows"][0]) == ROW_KEYS
     assert written["config"]["heterogeneity"] == 0.5 and "torch" in written["versions"]
-    assert {"pretrain", "sft", "samples", "init-sft", "scores"} <= set(written["seconds"]["0"])
+    stages = {"pretrain", "sft", "samples", "init-sft", "candidates", "best-of-N", "po floored 1",
+              "adversarial reverse_kl", "spin", "irft", "dpo"}
+    assert stages <= set(written["seconds"]["0"])
     selectors = {r["reward_model"] for r in written["rows"] if r["method"] == "bon"}
     assert selectors == {*REWARD_MODELS, *CONTROLS}
     assert {(r["seed"], r["n"]) for r in written["rows"] if r["reward_model"] == "init-sft"} == {
@@ -44,7 +57,8 @@ def test_a_run_writes_what_it_promises(run):
         load_pretrained(out / "seed1" / name)
     assert not list(out.rglob("*.part"))
     stages = {json.loads(line)["stage"] for line in (out / "metrics.jsonl").open()}
-    assert {"pretrain", "sft", "init-demo", "preference"} <= stages
+    assert {"pretrain", "sft", "init-demo", "preference", "po init-sft 0.3", "dpo",
+            "self-play 0", "self-play 2"} <= stages
 
 
 def test_rows_hold_together(run):
@@ -52,23 +66,105 @@ def test_rows_hold_together(run):
     rows = run[1]["rows"]
     for seed in (0, 1):
         mine = [r for r in rows if r["seed"] == seed]
+        assert len({(r["method"], r["reward_model"], r["n"], r["beta"]) for r in mine}) == len(mine)
         sft = next(r for r in mine if r["method"] == "sft")
         assert sft["win_vs_sft"] == pytest.approx(0.5, abs=0.15) and sft["kl_from_sft"] == 0
         for r in mine:
             if r["method"] == "bon" and r["n"] == 1:
                 assert r["gold_mean"] == pytest.approx(sft["gold_mean"])
                 assert r["kl_from_sft"] == 0
+                assert r["entropy"] == pytest.approx(sft["entropy"])
         best = next(r for r in mine if (r["reward_model"], r["n"]) == ("golden", 4))
         assert best["proxy_mean"] == pytest.approx(best["gold_mean"])
         assert all(best["gold_mean"] >= r["gold_mean"] - 1e-9 for r in mine if r["method"] == "bon")
 
 
+def test_every_method_is_measured(run):
+    """One row a method, model and beta; a missing or infinite number means that a method died in
+    silence. Here the demonstrations hold marks that no policy can write (log-probability -inf)."""
+    for seed in (0, 1):
+        rows = [r for r in run[1]["rows"] if r["seed"] == seed and r["method"] in afd.METHODS]
+        count = {method: sum(r["method"] == method for r in rows) for method in afd.METHODS}
+        assert count == {"po": 7, "closed-form": 4, "adversarial": 3, "spin": 1, "irft": 1,
+                         "dpo": 1}
+        assert {(r["reward_model"], r["beta"]) for r in rows if r["method"] == "po"} == {
+            *((model, 1.0) for model in REWARD_MODELS), ("init-sft", 0.3)}
+        for r in rows:
+            for name in ("gold_mean", "kl_from_sft", "entropy", "distinct", "forward_kl",
+                         "reverse_kl", "length_mean"):
+                assert math.isfinite(r[name]), (r["method"], name)
+            assert r["kl_from_sft"] > -1 and 0 < r["distinct"] <= 1 and r["n"] == 1
+            if r["method"] in ("po", "closed-form", "adversarial"):
+                assert math.isfinite(r["proxy_mean"])
+    rewards = afd.LISTS["rewards"]
+    assert set(run[1]["curves"]["0"]) == {
+        "po init-sft 0.3", *(f"po {model} 1" for model in rewards),
+        *(f"adversarial {name}" for name in ("reverse_kl", "forward_kl", "jensen_shannon"))}
+    for curve in run[1]["curves"]["0"].values():
+        assert [set(step) for step in curve] == 2 * [
+            {"step", "proxy", "kl_from_sft", "entropy", "length", "golden", "demo_logp"}]
+        assert all(math.isfinite(value) for step in curve for value in step.values())
+        assert abs(curve[0]["kl_from_sft"]) < 1e-3      # the first samples are pi_SFT's own
+
+
 def test_the_same_seed_gives_the_same_results(run, tmp_path):
     """A difference here means an unseeded draw somewhere: no number could be reproduced."""
     out = str(tmp_path / "b")
-    again = afd.main([*SMALL, "--heterogeneity", "0.5", "--seed", "1", "--out", out])
-    assert again["rows"] == [r for r in run[1]["rows"] if r["seed"] == 1]
+    again = afd.main([*SMALL, *EVERYTHING, "--seed", "1", "--out", out])
+    assert untimed(again["rows"]) == untimed(r for r in run[1]["rows"] if r["seed"] == 1)
     assert again["reward_models"] == [r for r in run[1]["reward_models"] if r["seed"] == 1]
+
+
+def test_a_stage_s_randomness_is_its_own(run, tmp_path):
+    """--init with the checkpoint that the run itself wrote, and no methods: the rows they share are
+    the same. Otherwise leaving a stage out would change all later ones, and no two runs compare."""
+    init = str(run[0] / "seed1" / "init")
+    again = afd.main([*SMALL, "--heterogeneity", "0.5", "--seed", "1", "--init", init, "--methods",
+                      "none", "--out", str(tmp_path / "b")])
+    assert "pretrain" not in again["seconds"]["1"]
+    assert again["rows"] == [r for r in run[1]["rows"]
+                             if r["seed"] == 1 and r["method"] not in afd.METHODS]
+    assert again["reward_models"] == [r for r in run[1]["reward_models"] if r["seed"] == 1]
+
+
+def test_labels_alone(run, tmp_path):
+    """Preferences without any discriminator, half of them swapped: DPO and policy optimisation."""
+    init = str(run[0] / "seed0" / "init")
+    results = afd.main([*SMALL, "--heterogeneity", "0.5", "--init", init, "--rewards", "preference",
+                        "--methods", "dpo,po", "--optimise", "preference", "--policy-steps", "1",
+                        "--label-noise", "0.5", "--out", str(tmp_path / "b")])
+    ours = [(r["method"], r["reward_model"]) for r in results["rows"] if r["method"] in afd.METHODS]
+    assert ours == [("po", "preference"), ("dpo", None)]
+
+
+def test_label_noise_swaps_its_share():
+    """2,000 pairs of a golden reward that is the response's length: a share of 0.3 is reversed
+    (standard error 1%, margin four of them), and 0 and 1 reverse none and all."""
+    def world(preferences=()):
+        return types.SimpleNamespace(preferences=preferences, text=str,
+                                     golden=lambda prompt, response: len(response))
+    samples = [([0], [0] * k) for _ in range(2000) for k in (1, 2)]
+
+    def swapped(noise):
+        s = afd.Settings(label_noise=noise)
+        items = afd.preference_items(world(), s, afd.Run(Path(), 0, "cpu"), ["x"] * 2000, samples)
+        return sum(len(better[1]) < len(worse[1]) for better, worse in items) / len(items)
+    assert swapped(0.0) == 0 and swapped(1.0) == 1 and abs(swapped(0.3) - 0.3) < 0.041
+
+
+def test_self_play_on_marked_demonstrations_has_finite_losses(run, tmp_path):
+    """At heterogeneity 1 every demonstration holds <|unk|>, which no policy can write: a log-ratio
+    of -inf - -inf there would make every weight nan."""
+    init = str(run[0] / "seed0" / "init")
+    results = afd.main([*SMALL, "--heterogeneity", "1", "--init", init, "--rewards", "log-ratio",
+                        "--methods", "spin,dpo", "--out", str(tmp_path / "b")])
+    records = [json.loads(line) for line in (tmp_path / "b" / "metrics.jsonl").open()]
+    losses = [r[key] for r in records if r["stage"] == "self-play 0" for key in ("loss", "held_out")
+              if key in r]
+    assert len(losses) > 4 and all(math.isfinite(loss) for loss in losses)
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-4)      # it starts at its reference
+    spin = next(r for r in results["rows"] if r["method"] == "spin")
+    assert math.isfinite(spin["kl_from_sft"]) and math.isfinite(spin["reverse_kl"])
 
 
 def test_one_s_own_data(tmp_path, capsys):
@@ -130,7 +226,7 @@ def test_preference_calibration_takes_both_orders():
         return torch.tensor([rewards[int(row[0])] for row in batch.tokens])
     rewards = dict(enumerate([*np.where(first, a, b), *np.where(first, b, a)]))
     items = [(([i], [0]), ([i + 4000], [0])) for i in range(4000)]
-    assert afd.held_out_quality(reward, items, "preference", "cpu")["calibration_error"] < 0.03
+    assert held_out_quality(reward, items, "preference", "cpu")["calibration_error"] < 0.03
 
 
 BAD = [["--heterogeneity", "1.5"], ["--heterogeneity", "nan"], ["--task", "useless"], ["--nope"],
@@ -140,7 +236,14 @@ BAD = [["--heterogeneity", "1.5"], ["--heterogeneity", "nan"], ["--task", "usele
        ["--demos", "one.jsonl"], ["--demos", "long.jsonl", "--max-prompt", "4"],
        ["--demos", "ok.jsonl", "--gold", "gone.py:f"],
        ["--demos", "ok.jsonl", "--gold", "bad.py:f"],
-       ["--demos", "ok.jsonl", "--corpus", "gone.txt"]]
+       ["--demos", "ok.jsonl", "--corpus", "gone.txt"],
+       ["--methods", "nope"], ["--methods", "po,nope"], ["--rewards", "golden"],
+       ["--optimise", "golden"], ["--rewards", "init-sft", "--optimise", "log-ratio"],
+       ["--divergences", "nope"], ["--betas", "0"], ["--betas", "x"], ["--betas", ""],
+       ["--betas", "1,-1"], ["--betas", "nan"], ["--label-noise", "2"], ["--label-noise", "nan"],
+       ["--label-smoothing", "-1"], ["--group", "1"], ["--policy-steps", "0"], ["--rounds", "0"],
+       ["--init", "gone"], ["--ppo-clip", "1"], ["--ppo-clip", "nan"], ["--reward-clip", "0"],
+       ["--pair-beta", "inf"]]
 if not torch.cuda.is_available():
     BAD.append(["--device", "cuda"])
 

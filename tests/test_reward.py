@@ -10,8 +10,8 @@ import torch
 
 from divergences import discriminator_loss
 from model import GPT, GPTConfig, collate, logp_seq
-from reward import (RewardModel, best_of_n_kl, best_of_n_weights, bradley_terry_loss, calibration,
-                    correlation, log_ratio, mean_ci, rank_correlation, ranks, score, student_t,
+from reward import (LogRatio, RewardModel, best_of_n_kl, best_of_n_weights, bradley_terry_loss,
+                    calibration, correlation, mean_ci, rank_correlation, ranks, score, student_t,
                     win_rate)
 from train import Schedule, discriminator_step, fit, pair_up, preference_step, train_reward
 
@@ -96,7 +96,7 @@ def test_log_ratio_is_the_discriminators_optimum():
         torch.nn.init.normal_(model.wte.weight, std=0.3)
     batch = collate([([0], list(y)) for y in itertools.product(range(4), repeat=3)])
     with torch.no_grad():
-        target = log_ratio(sft, init)(batch)
+        target = LogRatio(sft, init)(batch)
         w_sft, w_init = logp_seq(sft, batch).exp(), logp_seq(init, batch).exp()
     assert abs(w_sft.sum() - 1) < 1e-5 and abs(w_init.sum() - 1) < 1e-5
     logit = torch.zeros(64, requires_grad=True)
