@@ -2,13 +2,16 @@ PYTHON ?= python3
 VENV   := .venv
 PY     := $(VENV)/bin/python
 
-.PHONY: demo test clean
+.PHONY: demo test results clean
 
 demo: $(VENV)/.demo-ready  ## set up if needed, then align a small transformer from demonstrations
 	$(PY) afd.py --out out/demo --overwrite
 
 test: $(VENV)/.test-ready  ## set up if needed, then run the tests
 	$(PY) -m pytest
+
+results: $(VENV)/.demo-ready  ## every run of the README over five seeds; goes on where it stopped
+	$(PY) docs/results.py
 
 $(VENV)/.demo-ready: requirements.txt
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'error: Python 3.11 or newer is needed')"

@@ -35,7 +35,7 @@ from model import (GPT, GPTConfig, InputError, encode_documents, load_pretrained
 from reward import (HEADS, REWARD_MODELS, Adversary, LogRatio, RewardModel, TokenExtrapolation,
                     score)
 from toy_envs.figures import draw_run, print_reward_models, print_samples, print_table
-from toy_envs.truth import Truth, inspect_rewards, pick_samples, summarise, truth_of_batch
+from toy_envs.truth import Truth, inspect_rewards, pick_samples, summarise
 from toy_envs.worlds import file_world, text_world
 from train import Schedule, setting
 
@@ -62,7 +62,8 @@ class Settings:
     methods: str = setting("po,closed-form", "what else to run, with commas, of "
                                              + ", ".join(METHODS) + "; all; none")
     optimise: str = setting("init-sft", "po: against which reward models, with commas; all")
-    betas: str = setting("0.3", "po, closed-form: weights of KL(pi || pi_SFT), with commas")
+    betas: str = setting("0.3", "po, closed-form: weights of KL(pi || pi_SFT), with commas; all of "
+                                "them for the first of --optimise, the first for the others")
     divergences: str = setting("reverse_kl,forward_kl",
                                "adversarial: which divergences to minimise, with commas")
     out: str = setting("out/afd", "folder for config, metrics, results, checkpoints and figures")
@@ -107,8 +108,6 @@ class Settings:
 # Built-in texts are drawn anew as often as wanted; a file of demonstrations is small and its texts
 # are long. Each pair: the value for a built-in task, the value with --demos.
 DEFAULTS = {"n_samples": (9000, 1000), "n_candidates": (64, 16), "pretrain_epochs": (1.0, 4.0)}
-
-
 # Lists with commas and what may stand in them; counts that must be positive.
 LISTS = {"rewards": REWARD_MODELS, "methods": METHODS, "optimise": REWARD_MODELS,
          "divergences": tuple(DIVERGENCES)}
@@ -118,14 +117,10 @@ FLOOR = 0.1     # alpha of the floored log-ratio: the usual share of the plausib
 
 
 def schedules(s):
-    """How each stage is trained; why so is in docs/LOG.md."""
-    return {"pretrain": Schedule(lr=1.2e-2, epochs=s.pretrain_epochs, batch_size=24, warmup=0.05,
-                                 weight_decay=0.0),
-            "sft": Schedule(lr=1e-3, epochs=s.sft_epochs, batch_size=16, weight_decay=0.0),
-            "reward": Schedule(lr=3e-3, epochs=s.reward_epochs, batch_size=16, weight_decay=0.0),
-            "po": Schedule(lr=3e-3, batch_size=16, weight_decay=0.0),
-            "adversarial": Schedule(lr=3e-4, batch_size=16, weight_decay=0.0),
-            "pairs": Schedule(lr=3e-4, batch_size=16, weight_decay=0.0)}
+    """How each stage is trained, without weight decay; why so is in docs/LOG.md."""
+    return {"pretrain": Schedule(1.2e-2, s.pretrain_epochs, batch_size=24, warmup=0.05),
+            "sft": Schedule(1e-3, s.sft_epochs), "reward": Schedule(3e-3, s.reward_epochs),
+            "po": Schedule(3e-3), "adversarial": Schedule(3e-4), "pairs": Schedule(3e-4)}
 
 
 # ---- the algorithm ------------------------------------------------------------------------------
@@ -260,7 +255,7 @@ def best_of_n(s, run, rewards, truth):
 
 # ---- beyond best-of-N: the policy itself moves ---------------------------------------------------
 
-def optimise_policy(world, s, run, sft, reward, plan, beta, label, dense=True):
+def optimise_policy(world, s, run, sft, truth, reward, plan, beta, label, dense=True):
     """max over pi of E_pi[r] - beta KL(pi || pi_SFT), from pi_SFT; optimum pi_SFT e^(r/beta) / Z.
 
     Every step draws s.group samples to each of a batch of prompts. Returns the policy; its history,
@@ -277,8 +272,7 @@ def optimise_policy(world, s, run, sft, reward, plan, beta, label, dense=True):
 
     with run.stage(label, f"6 {label}: {s.policy_steps} policy-gradient steps"):
         policy, history = train.optimise_policy(sft, reward, draw, s.policy_steps, plan, beta,
-                                                s.group, s.ppo_clip, dense, label,
-                                                lambda pairs: truth_of_batch(world, pairs))
+                                                s.group, s.ppo_clip, dense, label, truth.watch)
     run.log(label, history)
     run.curves[label] = history
     return policy
@@ -308,11 +302,11 @@ def run_methods(world, s, run, init, sft, rewards, labelled, truth):
     """A row of the table for every policy of --methods. Returns what the first one wrote."""
     first, plan, demos = None, schedules(s), [world.pair(x, y) for x, y in world.demos]
     if "po" in s.methods:
-        for model in s.optimise:
-            for beta in s.betas if model == s.optimise[0] else s.betas[:1]:
+        for i, model in enumerate(name for name in s.optimise if name in rewards):
+            for beta in s.betas if i == 0 else s.betas[:1]:     # all of them for the first model
                 label = f"po {model} {beta:g}"
-                policy = optimise_policy(world, s, run, sft, rewards[model][0], plan["po"], beta,
-                                         label, s.dense)
+                policy = optimise_policy(world, s, run, sft, truth, rewards[model][0],
+                                         plan["po"], beta, label, s.dense)
                 responses = truth.add_policy("po", policy, rewards[model][0], reward_model=model,
                                              beta=beta, seconds=run.seconds[label])
                 first = first or responses
@@ -327,8 +321,8 @@ def run_methods(world, s, run, init, sft, rewards, labelled, truth):
             adversary = Adversary(RewardModel(init, s.head), demos, get_divergence(name),
                                   run.rng(f"judge {name}"), s.label_smoothing, s.reward_clip,
                                   s.keep_old)
-            policy = optimise_policy(world, s, run, sft, adversary, plan["adversarial"], 0.0,
-                                     label, dense=False)
+            policy = optimise_policy(world, s, run, sft, truth, adversary, plan["adversarial"],
+                                     0.0, label, dense=False)
             truth.add_policy("adversarial", policy, adversary, reward_model=name,
                              seconds=run.seconds[label])
     pair_methods = {"spin": lambda: self_play(world, s, run, sft, demos, 1, "spin"),

@@ -367,7 +367,7 @@ def write_aside(path, write):
     part.replace(path)
 
 
-def write_json(path, value):
+def write_json(path, value, indent=1):
     """Write records as JSON, aside first; a number that does not exist (nan) is null, as JSON has
     none.
     """
@@ -377,7 +377,7 @@ def write_json(path, value):
         if isinstance(v, (list, tuple)):
             return [known(item) for item in v]
         return None if isinstance(v, float) and math.isnan(v) else v
-    text = json.dumps(known(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    text = json.dumps(known(value), indent=indent, ensure_ascii=False, allow_nan=False) + "\n"
     write_aside(Path(path), lambda part: part.write_text(text, encoding="utf-8"))
 
 

@@ -106,9 +106,9 @@ class Schedule:
     """How one stage is trained: AdamW, linear warm-up, cosine to a hundredth, gradient clipping."""
     lr: float = setting(1e-3, "peak learning rate")
     epochs: float = setting(1.0, "passes over the data")
-    batch_size: int = setting(64, "items per step")
+    batch_size: int = setting(16, "items per step")
     warmup: float = setting(0.1, "share of the steps spent warming up")
-    weight_decay: float = setting(0.1, "decoupled weight decay, on matrices only")
+    weight_decay: float = setting(0.0, "decoupled weight decay, on matrices only")
     clip: float = setting(1.0, "largest gradient norm")
     evaluations: int = setting(8, "looks at the held-out data; the best one is kept")
 
@@ -240,7 +240,7 @@ def optimise_policy(sft, reward, draw, steps, schedule, beta, k, ppo_clip=0.0, d
                     label="policy", watch=None):
     """max over pi of E_pi[r] - beta KL(pi || pi_SFT), starting at pi_SFT, by REINFORCE with a
     leave-one-out baseline. Returns the policy and its history: the samples' means in nats per
-    sequence, and what watch(pairs) says of them.
+    sequence, and what watch(policy, pairs) says of them.
 
     draw(policy) gives pairs, the k samples of a prompt together; a reward that learns along has
     learn(pairs). dense: a reward that is a sum over tokens is given where it is earned.
@@ -268,7 +268,7 @@ def optimise_policy(sft, reward, draw, steps, schedule, beta, k, ppo_clip=0.0, d
             take_step(policy, optimizer, loss, schedule.clip, label, step)
         history.append({"step": step, "proxy": rewards.sum(1).mean().item(),
                         "kl_from_sft": (old - reference).sum(1).mean().item(),
-                        "entropy": -old.sum(1).mean().item(), **(watch(pairs) if watch else {})})
+                        "entropy": -old.sum(1).mean().item(), **(watch(policy, pairs) if watch else {})})
     return policy, history
 
 
@@ -379,7 +379,7 @@ def run_stage(stage, s):
                  "reward": ["positives", "negatives", "init"]}[stage] + ["out"]:
         if getattr(s, name) is None:
             raise InputError(f"{stage} needs --{name}")
-    schedule = Schedule(lr=s.lr, epochs=s.epochs, batch_size=s.batch_size)
+    schedule = Schedule(s.lr, s.epochs, s.batch_size)
     device, rng = choose_device(s.device), random.Random(s.seed)
     torch.manual_seed(s.seed)
     if stage == "pretrain":

@@ -9,23 +9,33 @@ depend on the demonstrator: one run of each task and seed pretrains it, the othe
 """
 
 import json
+import math
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT))       # this script lives in docs/
+
+from model import write_json                                            # noqa: E402
+from reward import mean_ci                                              # noqa: E402
+from toy_envs.figures import (draw_best_of_n, draw_frontier, draw_heterogeneity,   # noqa: E402
+                              pyplot)
+from toy_envs.truth import name_of                                      # noqa: E402
+
 RUNS = Path("out") / "results"
+COLLECTED = ROOT / "docs" / "results.json"
 SEEDS, LEVELS = range(5), ("0", "0.25", "0.5", "0.75", "1")
 
 # Settings whose policies are optimised too; elsewhere best-of-N, from 16 candidates, is enough.
 POLICIES = {
-    ("helpful", "0"): "--methods all --optimise floored,init-sft,init-demo,sft-demo,preference,"
-                      "log-ratio --betas 0.3,1",
-    ("harmless", "0"): "--methods all --optimise floored,init-sft,preference",
-    ("helpful", "1"): "--methods po,closed-form --optimise floored,init-sft,init-demo",
+    ("helpful", "0"): "--methods all --optimise floored,init-sft,init-demo,preference,log-ratio "
+                      "--betas 0.3,1",
+    ("harmless", "0"): "--methods po,closed-form,spin,irft,dpo --optimise floored,init-sft",
+    ("helpful", "1"): "--methods po,closed-form --optimise floored,init-sft",
 }
 FEW = {"100": "80", "300": "27", "1000": "8"}       # demonstrations: epochs, for as many steps
 NOISE = ("0.2", "0.4")
@@ -50,8 +60,7 @@ def all_runs():
         for n, epochs in FEW.items():
             runs[f"demos{n}-s{seed}"] = (
                 f"--n-demos {n} --n-preferences {n} --sft-epochs {epochs} --seed {seed} --methods "
-                "po,dpo --rewards init-sft,preference,floored --optimise init-sft,preference,floored"
-                " --n-candidates 16", base)
+                "po --rewards init-sft,preference,floored --n-candidates 16", base)
         for noise in NOISE:
             runs[f"noise{noise}-s{seed}"] = (
                 f"--label-noise {noise} --seed {seed} --methods po,dpo --rewards preference "
@@ -78,6 +87,160 @@ def run(name, flags, base):
     return ended == 0
 
 
+# ---- collecting ---------------------------------------------------------------------------------
+
+def short(value):
+    """Numbers to five digits: enough for every table, and a file of modest size."""
+    if isinstance(value, float) and math.isfinite(value):
+        return float(f"{value:.5g}")
+    return value
+
+
+def collect():
+    """One record of all runs: rows (with heterogeneity, head, n_demos, label_noise of their run),
+    what the reward models learned, curves of the policies, command and seconds of each run."""
+    data = {"runs": {}, "rows": [], "reward_models": [], "curves": []}
+    for name in all_runs():
+        path = ROOT / RUNS / name / "results.json"
+        if not path.exists():
+            print(f"{name}: not there yet")
+            continue
+        results = json.loads(path.read_text(encoding="utf-8"))
+        config = results["config"]
+        key = {"group": name.rpartition("-s")[0], "task": config["task"],
+               "heterogeneity": config["heterogeneity"], "seed": config["seed"]}
+        data["runs"][name] = {"command": results["command"], "versions": results["versions"],
+                              "seconds": next(iter(results["seconds"].values()))}
+        ns = {1, 16} if config["methods"] == [] else {2 ** k for k in range(7)}
+        data["rows"] += [{**key, **{k: short(v) for k, v in row.items()}}
+                         for row in results["rows"] if row["n"] in ns]
+        data["reward_models"] += [{**key, **{k: short(v) for k, v in record.items()}}
+                                  for record in results["reward_models"]]
+        for label, history in next(iter(results["curves"].values())).items():
+            for start in range(0, len(history), 10):        # means over ten steps
+                stretch = history[start:start + 10]
+                data["curves"].append({**key, "name": label, **{
+                    k: short(sum(r[k] for r in stretch) / len(stretch)) for k in stretch[0]}})
+    write_json(COLLECTED, data, indent=None)
+    return data
+
+
+def values(data, group, name, column="gold_mean", n=16):
+    """{seed: value} of one column of one writer; best-of-n at this n."""
+    return {r["seed"]: r[column] for r in data["rows"] if r["group"] == group
+            and name_of(r) == name and r["n"] == (n if r["method"] == "bon" else 1)
+            and r[column] is not None}
+
+
+def shares(data, group, name):
+    """Golden gain over pi_SFT as a share of the golden selector's, at n = 16, one number a seed."""
+    mine, sft, best = (values(data, group, who) for who in (name, "sft", "golden"))
+    return [(mine[k] - sft[k]) / (best[k] - sft[k]) for k in sorted(mine)]
+
+
+def cell(numbers, form="{:.2f}"):
+    """mean ± 95% half-width over seeds, or a dash."""
+    numbers = list(numbers)
+    if not numbers:
+        return "–"
+    mean, half = mean_ci(numbers)
+    return form.format(mean) + ("" if math.isnan(half) else " ± " + form.format(half))
+
+
+def percent(numbers):
+    return cell([100 * x for x in numbers], "{:.0f}") + "%"
+
+
+def markdown(header, rows):
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+# ---- the README's tables ------------------------------------------------------------------------
+
+SELECTORS = ("init-sft", "init-demo", "sft-demo", "preference", "log-ratio", "floored", "length",
+             "random")
+DIFFERENCES = (("init-sft", "sft"), ("init-sft", "demo"), ("init-sft", "init-demo"),
+               ("init-demo", "sft-demo"), ("log-ratio", "init-sft"), ("floored", "init-sft"),
+               ("floored", "golden"))
+COLUMNS = (("golden", "gold_mean", "{:.2f}"), ("win/SFT", "win_vs_sft", "{:.2f}"),
+           ("win/demo", "win_vs_demo", "{:.2f}"), ("KL", "kl_from_sft", "{:.1f}"),
+           ("entropy", "entropy", "{:.1f}"), ("distinct", "distinct", "{:.2f}"),
+           ("rev. KL", "reverse_kl", "{:.1f}"), ("fwd. KL", "forward_kl", "{:.1f}"),
+           ("seconds", "seconds", "{:.0f}"))
+
+
+def methods_table(data, group):
+    """Every writer of one setting: best-of-16 and, of the reward models, best-of-64 too."""
+    names = list(dict.fromkeys(name_of(r) for r in data["rows"] if r["group"] == group))
+    rows = []
+    for name in names:
+        bon = any(r["method"] == "bon" for r in data["rows"]
+                  if r["group"] == group and name_of(r) == name)
+        for n in ((16, 64) if bon and name not in ("length", "random") else (16,)):
+            label = f"best of {n}, {name}" if bon else {
+                "init": "pi_0", "sft": "pi_SFT", "demo": "demonstrations"}.get(name, name)
+            cells = [values(data, group, name, column, n).values() for _, column, _ in COLUMNS]
+            rows.append([label, cell(cells[0]), *(
+                form.format(sum(c) / len(c)) if c else "–"
+                for c, (_, _, form) in zip(cells[1:], COLUMNS[1:]))])
+    return markdown(["writer", *(title for title, _, _ in COLUMNS)], rows)
+
+
+def tables(data):
+    """{marker: table} for the README."""
+    settings = {"sum, h = 0": "helpful-h0", "sum, h = 1": "helpful-h1", "last, h = 0": "last-h0",
+                "last, h = 1": "last-h1"}
+
+    def differences(group, a, b):
+        x, y = values(data, group, a), values(data, group, b)
+        return cell(x[k] - y[k] for k in sorted(x.keys() & y.keys()))
+    few = {**{n: f"demos{n}" for n in FEW}, "4000": "helpful-h0"}
+    noises = {"0": "helpful-h0", **{noise: f"noise{noise}" for noise in NOISE}}
+    learners = ("sft", "init-sft", "po init-sft 0.3", "floored", "preference")
+    return {
+        "SHARES": markdown(["selector", *settings], [
+            [name, *(percent(shares(data, group, name)) for group in settings.values())]
+            for name in SELECTORS]),
+        "DIFFS": markdown(["difference, points", *list(settings)[:2]], [
+            [f"{a} − {b}", *(differences(group, a, b) for group in ("helpful-h0", "helpful-h1"))]
+            for a, b in DIFFERENCES]),
+        "HELPFUL": methods_table(data, "helpful-h0"),
+        "HARMLESS": methods_table(data, "harmless-h0"),
+        "HELPFUL1": methods_table(data, "helpful-h1"),
+        **{f"HETEROGENEITY {task}": markdown(["selector", *(f"h = {h}" for h in LEVELS)], [
+            [name, *(percent(shares(data, f"{task}-h{h}", name)) for h in LEVELS)]
+            for name in SELECTORS[:6]]) for task in ("helpful", "harmless")},
+        "DEMOS": markdown(["golden reward", *few], [
+            [name, *(cell(values(data, group, name).values()) for group in few.values())]
+            for name in learners]),
+        "NOISE": markdown(["golden reward", *(f"{float(noise):.0%}" for noise in noises)], [
+            [name, *(cell(values(data, group, name).values()) for group in noises.values())]
+            for name in ("preference", "po preference 0.3", "dpo")]),
+    }
+
+
+def fill(text, made):
+    """The README with each table between its markers <!-- NAME --> and <!-- end -->."""
+    for name, table in made.items():
+        text = re.sub(rf"(<!-- {name} -->\n).*?(<!-- end -->)",
+                      lambda found: f"{found[1]}{table}\n{found[2]}", text, flags=re.S)
+    return text
+
+
+def figures(data):
+    plt, folder = pyplot(), ROOT / "docs" / "figures"
+    for group in ("helpful-h0", "helpful-h1"):
+        rows = [r for r in data["rows"] if r["group"] == group]
+        draw_best_of_n(plt, [r for r in rows if r["method"] in ("init", "sft", "demo", "bon")],
+                       folder / f"best_of_n_h{group[-1]}.png")
+        curves = [c for c in data["curves"] if c["group"] == group and c["name"][:3] == "po "]
+        draw_frontier(plt, rows, curves, folder / f"frontier_h{group[-1]}.png")
+    draw_heterogeneity(plt, {(task, name, float(h)): shares(data, f"{task}-h{h}", name)
+                             for task in ("helpful", "harmless") for name in SELECTORS[:6]
+                             for h in LEVELS}, folder / "heterogeneity_sweep.png")
+
+
 def main():
     runs = all_runs()
     if sys.argv[1:] != ["collect"]:
@@ -87,6 +250,11 @@ def main():
                 done = list(pool.map(lambda args: run(*args), mine))
             if not all(done):
                 sys.exit("some runs failed; `make results` tries them again")
+    data = collect()
+    readme = ROOT / "README.md"
+    readme.write_text(fill(readme.read_text(encoding="utf-8"), tables(data)), encoding="utf-8")
+    figures(data)
+    print(f"wrote {COLLECTED}, the README's tables and docs/figures")
 
 
 if __name__ == "__main__":

@@ -21,8 +21,8 @@ SMALL = ["--n-corpus", "300", "--n-demos", "60", "--n-samples", "60", "--n-promp
          "--n-candidates", "4", "--n-embd", "16", "--n-layer", "1", "--n-head", "2",
          "--device", "cpu"]
 ROW_KEYS = ["task", "seed", "method", "reward_model", "n", "beta", "gold_mean", "gold_ci95",
-            "win_vs_sft", "win_vs_demo", "proxy_mean", "kl_from_sft", "length_mean", "entropy", "distinct",
-            "forward_kl", "reverse_kl", "seconds"]
+            "win_vs_sft", "win_vs_demo", "proxy_mean", "kl_from_sft", "length_mean", "entropy",
+            "distinct", "forward_kl", "reverse_kl", "seconds"]
 EVERYTHING = ["--heterogeneity", "0.5", "--methods", "all", "--optimise", "all", "--policy-steps",
               "2", "--betas", "1,0.3"]
 
@@ -174,7 +174,8 @@ def test_one_s_own_data(tmp_path, capsys):
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     (tmp_path / "p.txt").write_text("more?\n" + "long " * 300)
     argv = [*SMALL, "--demos", str(tmp_path / "d.jsonl"), "--prompts", str(tmp_path / "p.txt"),
-            "--vocab-size", "300", "--max-prompt", "40", "--max-response", "8"]
+            "--vocab-size", "300", "--max-prompt", "40", "--max-response", "8",
+            "--policy-steps", "2", "--methods", "all"]
     results = afd.main([*argv, "--out", str(tmp_path / "o")])
     assert "1 prompts longer than 40 tokens skipped" in capsys.readouterr().out
     assert all(r["gold_mean"] is None for r in results["rows"]) and results["summary"] is None

@@ -18,8 +18,7 @@ import torch
 
 import afd
 import train
-from divergences import (discriminator_loss, get_divergence, kl, leave_one_out,
-                         policy_gradient_loss)
+from divergences import discriminator_loss, get_divergence, kl, policy_gradient_loss
 from model import GPT, GPTConfig, collate, logp_seq, logp_token, sample_responses
 from reward import (Adversary, LogRatio, RewardModel, TokenExtrapolation, at_last_token,
                     best_of_n_kl, best_of_n_weights, bradley_terry_loss, implicit_reward, score)
@@ -34,13 +33,13 @@ BATCH = collate(PAIRS)
 SHAPE = len(PROMPTS), len(RESPONSES)
 
 
-def tiny(seed, std=0.35):
+def tiny(seed, std=0.2, suppress=(PAD,)):
     """A GPT off its starting weights, so that no distribution is near uniform; it never pads."""
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
         model = GPT(GPTConfig(5, n_positions=8, n_embd=16, n_layer=1, n_head=2,
-                              suppress_tokens=(PAD,))).double()
+                              suppress_tokens=suppress)).double()
         for parameter in model.parameters():
             parameter += std * torch.randn(parameter.shape, generator=generator,
                                            dtype=torch.float64)
@@ -60,23 +59,34 @@ def tilted(reference, rewards, beta):
     return (listed(reference).detach() + rewards.view(SHAPE) / beta).log_softmax(-1)
 
 
-class Table:
-    """An arbitrary reward of whole responses, all of it at the last token."""
+def keys(batch):
+    """(prompt, response) of each row, to look up in a table."""
+    return [(tuple(row[:p]), tuple(row[p:n])) for row, p, n in zip(
+        batch.tokens.tolist(), batch.prompt_lengths.tolist(), batch.lengths.tolist())]
 
-    def __init__(self, seed, scale=1.0, constant=None):
-        values = scale * torch.randn(len(PAIRS), generator=torch.Generator().manual_seed(seed),
-                                     dtype=torch.float64)
-        if constant is not None:
-            values = torch.full_like(values, constant)
-        self.values = {(*x, -1, *y): v for (x, y), v in zip(PAIRS, values.tolist())}
 
-    def __call__(self, batch):
-        keys = [(*row[:p], -1, *row[p:n]) for row, p, n in zip(
-            batch.tokens.tolist(), batch.prompt_lengths.tolist(), batch.lengths.tolist())]
-        return torch.tensor([self.values[key] for key in keys], dtype=torch.float64)
+class Table(torch.nn.Module):
+    """Any function of whole responses: a reward with no structure, or a judge that learns any h."""
+
+    def __init__(self, values):
+        super().__init__()
+        self.values = torch.nn.Parameter(values)
+        self.row = {key: i for i, key in enumerate(keys(BATCH))}
+
+    def forward(self, batch):
+        return self.values[[self.row[key] for key in keys(batch)]]
 
     def token_rewards(self, batch):
         return at_last_token(self(batch), batch)
+
+
+def random_table(seed, scale=0.7):
+    generator = torch.Generator().manual_seed(seed)
+    return Table(scale * torch.randn(len(PAIRS), generator=generator, dtype=torch.float64))
+
+
+def constant_table(value):
+    return Table(torch.full((len(PAIRS),), value, dtype=torch.float64))
 
 
 def drawing(k, seed=0):
@@ -98,27 +108,471 @@ def test_the_enumeration_is_complete():
     torch.testing.assert_close(sft.exp().sum(1), torch.ones(2, dtype=torch.float64))
     torch.testing.assert_close(init.exp().sum(1), torch.ones(2, dtype=torch.float64))
     uniform = torch.full_like(sft, -math.log(40))
-    assert kl(sft, init).min() > 0.3 and kl(sft, uniform).min() > 0.3
-    assert kl(sft[0], sft[1]) > 0.1         # the prompt matters
+    assert kl(sft, init).min() > 0.3 and kl(sft, uniform).min() > 0.1
+    assert kl(sft[0], sft[1]) > 0.05        # the prompt matters
 
 
 # ---- policy optimisation ------------------------------------------------------------------------
 
-REWARDS = {"dense": LogRatio(SFT, INIT), "last": Table(0)}
+REWARDS = {"dense": LogRatio(SFT, INIT), "last": random_table(0), "constant": constant_table(5.0)}
+
+
+@pytest.mark.parametrize("name, k, steps, ppo_clip, margin", [
+    ("dense", 64, 80, 0.0, 0.01), ("last", 64, 150, 0.0, 0.01), ("dense", 64, 40, 0.2, 0.02)])
+def test_policy_optimisation_lands_on_the_tilted_policy(name, k, steps, ppo_clip, margin):
+    """By sampling, within 0.01 nats (PPO: 0.02) of pi_SFT e^(r/beta) / Z, from at least ten times
+    that: wrong signs, a KL to another policy or rewards on the wrong token all end elsewhere."""
+    reward = REWARDS[name]
+    with torch.no_grad():
+        target = tilted(SFT, reward(BATCH), beta=1.0)
+    policy, history = train.optimise_policy(
+        SFT, reward, drawing(k), steps, Schedule(lr=1e-2, weight_decay=0.0), 1.0, k, ppo_clip,
+        dense=name == "dense")
+    with torch.no_grad():
+        assert kl(listed(SFT), target).min() > 10 * margin > 10 * kl(listed(policy), target).max()
+        far = kl(listed(policy), listed(SFT)).mean().item()
+    assert history[0]["kl_from_sft"] == 0       # 2 k samples of the last step: to a quarter
+    assert history[-1]["kl_from_sft"] == pytest.approx(far, abs=0.25 * far + 0.1)
+
+
+def test_not_dense_means_all_at_the_last_token():
+    """The same step as with a reward that gives everything there itself, and not the dense one."""
+    class AtLast(LogRatio):
+        def token_rewards(self, batch):
+            return at_last_token(super().token_rewards(batch).sum(1), batch)
+
+    def step(reward, dense):
+        policy, _ = train.optimise_policy(SFT, reward, drawing(8), 1,
+                                          Schedule(lr=1e-2, weight_decay=0.0), 0.1, 8, dense=dense)
+        return policy.wte.weight
+    expected = step(AtLast(SFT, INIT), True)
+    assert torch.equal(step(LogRatio(SFT, INIT), False), expected)
+    assert not torch.equal(step(LogRatio(SFT, INIT), True), expected)
+
+
+def objective(policy, name, beta):
+    """-(E_pi[r] - beta KL(pi || pi_SFT)), summed over prompts, by the divergence module's kl."""
+    with torch.no_grad():
+        rewards, reference = REWARDS[name](BATCH).view(SHAPE), listed(SFT)
+    return (beta * kl(listed(policy), reference) - (listed(policy).exp() * rewards).sum(1)).sum()
 
 
 @pytest.mark.parametrize("name", REWARDS)
-@pytest.mark.parametrize("ppo_clip", [0.0, 0.2])
-def test_policy_optimisation_lands_on_the_tilted_policy(name, ppo_clip):
-    """By sampling, within 0.01 nats of pi_SFT e^(r/beta) / Z: wrong signs, a KL to the wrong policy
-    or rewards on the wrong token all end elsewhere."""
-    beta, reward, k = 1.0, REWARDS[name], 256
+@pytest.mark.parametrize("k", [2, 3])
+def test_the_leave_one_out_gradient_is_unbiased(name, k):
+    """Averaged over every group of k responses to a prompt, by its probability, the gradient is
+    that of E_pi[r] - beta KL(pi || pi_ref) by autograd. A baseline that knows the sample's own
+    actions, a return that starts late or a KL in the wrong direction would each show here. For a
+    constant reward the gradient is that of the KL alone."""
+    policy, beta = tiny(3), 0.4
+    parameters = list(policy.parameters())
     with torch.no_grad():
-        target = tilted(SFT, reward(BATCH), beta)
-        assert kl(target, listed(SFT)).min() > 0.1      # there is some way to go
-    policy, history = train.optimise_policy(
-        SFT, reward, drawing(k), 40 if ppo_clip else 120,
-        Schedule(lr=1e-2, weight_decay=0.0), beta, k, ppo_clip, dense=name == "dense")
+        rewards, reference = REWARDS[name].token_rewards(BATCH), logp_token(SFT, BATCH)
+    logp, mask = logp_token(policy, BATCH), BATCH.response_mask()
+    exact, got = objective(policy, name, beta), 0.0
+    for i in range(len(PROMPTS)):
+        rows = torch.arange(i * len(RESPONSES), (i + 1) * len(RESPONSES))
+        groups = rows[torch.tensor(list(itertools.product(range(len(RESPONSES)), repeat=k)))]
+        chance = logp.detach().sum(1)[groups].sum(1).exp()
+        flat = groups.flatten()
+        leaf = logp.detach()[flat].requires_grad_()
+        loss = policy_gradient_loss(leaf, leaf.detach(), reference[flat], rewards[flat], mask[flat],
+                                    beta, k)
+        slope, = torch.autograd.grad(loss * len(groups), leaf)      # each group's own loss
+        got = got + (chance.repeat_interleave(k)[:, None] * slope * logp[flat]).sum()
+    expected = torch.autograd.grad(exact, parameters)
+    assert max(slope.abs().max() for slope in expected) > 1e-2
+    for a, b in zip(expected, torch.autograd.grad(got, parameters)):
+        torch.testing.assert_close(b, a, rtol=1e-8, atol=1e-10)
+
+
+def test_ppo_clips_later_passes_only():
+    """At ratio one PPO's gradient is REINFORCE's; further on the same samples, a ratio beyond the
+    clip in the direction of its advantage has no gradient left, and any other has ratio times its
+    advantage. Without that, four passes over one batch would run away from where it was drawn."""
+    generator = torch.Generator().manual_seed(0)
+
+    def noise():
+        return torch.randn(BATCH.tokens.shape, generator=generator, dtype=torch.float64)
+    mask, clip, k = BATCH.response_mask(), 0.2, 4
+    old, reference, rewards = noise(), noise(), noise() * mask
+
+    def slope(shift, clip):
+        logp = (old + shift).requires_grad_()
+        loss = policy_gradient_loss(logp, old, reference, rewards, mask, 0.3, k, clip)
+        return torch.autograd.grad(loss, logp)[0]
+    plain = slope(0.0, 0.0)
+    torch.testing.assert_close(slope(0.0, clip), plain, rtol=0, atol=1e-14)
+    shift = 0.5 * noise()
+    ratio, advantage = shift.exp(), -plain * len(mask)
+    beyond = torch.where(advantage > 0, ratio > 1 + clip, ratio < 1 - clip) & mask
+    assert beyond.sum() > 30 and (mask & ~beyond).sum() > 30
+    expected = torch.where(beyond, 0.0, ratio * plain)
+    torch.testing.assert_close(slope(shift, clip), expected, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5])
+def test_a_constant_reward_moves_nothing(beta):
+    """Of responses of one length: a baseline that is not exact would push every sample up or down.
+    (Of responses of several lengths the push is zero on average only: tested above.)"""
+    policy = tiny(4, suppress=(PAD, EOS))
+
+    def draw(policy):
+        generator = torch.Generator().manual_seed(0)
+        written = sample_responses(policy, list(PROMPTS), 8, LONGEST, EOS, generator)
+        return [(x, y) for x, ys in zip(PROMPTS, written) for y in ys]
+    moved, _ = train.optimise_policy(policy, REWARDS["constant"], draw, 5,
+                                     Schedule(lr=1e-2, weight_decay=0.0), beta, 8, dense=False)
+    rows = torch.tensor([len(y) == LONGEST and EOS not in y for y in RESPONSES])
     with torch.no_grad():
-        print(kl(listed(policy), target), kl(target, listed(SFT)), history[0], history[-1])
+        assert kl(listed(moved)[:, rows], listed(policy)[:, rows]).max() < 1e-6
+        assert kl(listed(moved)[:, rows], listed(SFT)[:, rows]).min() > 0.1     # a kl that can see
+
+
+# ---- the closed form ----------------------------------------------------------------------------
+
+def state_logps(policy):
+    """log pi(.|s_t) at every position t > 0, (rows, T, V); zeros at t = 0."""
+    with torch.no_grad():
+        logp = policy.logits(policy.hidden(BATCH.tokens)[:, :-1]).log_softmax(-1)
+    return torch.nn.functional.pad(logp, (0, 0, 1, 0))
+
+
+def formula(beta, floor):
+    """Per token, from both policies' probabilities: (log pi_SFT, h), each (rows, T, V)."""
+    sft, init = state_logps(SFT).exp(), state_logps(INIT).exp()
+    bottom = torch.maximum(init, floor * init.max(-1, keepdim=True).values)
+    return sft, torch.log(sft / bottom)
+
+
+@pytest.mark.parametrize("floor", [0.0, 0.1, 0.6])
+def test_extrapolation_is_its_formula_at_every_token(floor):
+    """pi(a|s) = pi_SFT (pi_SFT / max(pi_0, floor max pi_0))^(1/beta) / Z(s), and LogRatio's terms
+    are the same h. Otherwise it is some other policy that the table calls the closed form."""
+    beta, mask = 0.3, BATCH.response_mask()
+    sft, h = formula(beta, floor)
+    weight = torch.where(sft > 0, sft * torch.exp(h / beta), 0.0)
+    expected = (weight / weight.sum(-1, keepdim=True))[mask]
+    got = state_logps(TokenExtrapolation(SFT, INIT, beta, floor)).exp()[mask]
+    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
+    assert (expected[:, PAD] == 0).all()
+    terms = h.gather(2, BATCH.tokens[..., None]).squeeze(2).where(mask, 0.0)
+    with torch.no_grad():
+        torch.testing.assert_close(LogRatio(SFT, INIT, floor).token_rewards(BATCH), terms)
+    floored = (h < formula(beta, 0.0)[1] - 1e-9)[mask].sum()
+    assert floored == 0 if floor == 0 else floored >= 3         # at 0.1 some, or nothing is tested
+
+
+@pytest.mark.parametrize("floor", [0.0, 0.1])
+def test_extrapolation_and_the_sequence_optimum(floor):
+    """log pi(y|x) = log pi*(y|x) + log Z(x) - sum_t log Z(s_t) on every response: the two are not
+    the same policy. At beta = 0.3 they are more than 0.05 nats apart; for one-token responses they
+    agree."""
+    beta, mask = 0.3, BATCH.response_mask()
+    sft, h = formula(beta, floor)
+    log_z = torch.where(sft > 0, sft * torch.exp(h / beta), 0.0).sum(-1).log().where(mask, 0.0)
+    with torch.no_grad():
+        policy = listed(TokenExtrapolation(SFT, INIT, beta, floor))
+        reward = LogRatio(SFT, INIT, floor)(BATCH)
+        best = tilted(SFT, reward, beta)
+        log_z_x = (listed(SFT) + reward.view(SHAPE) / beta).logsumexp(-1, keepdim=True)
+    torch.testing.assert_close(policy, best + log_z_x - log_z.sum(1).view(SHAPE))
+    assert kl(policy, best).min() > 0.05
+    single = collate([([2], [a]) for a in (EOS, *LETTERS)])
+    with torch.no_grad():
+        one = (logp_seq(SFT, single) + LogRatio(SFT, INIT, floor)(single) / beta).log_softmax(-1)
+        torch.testing.assert_close(
+            logp_seq(TokenExtrapolation(SFT, INIT, beta, floor), single), one)
+
+
+def test_extrapolation_samples_from_its_own_density():
+    """4,000 samples of each prompt against logp_seq, chi-square at one in 2,000: its generate goes
+    through two key-value caches, and a mix-up there would sample some other policy. Without
+    alternatives it would pass: pi_SFT's density is refused."""
+    policy, n = TokenExtrapolation(SFT, INIT, 1.0, 0.1), 4000
+    written = sample_responses(policy, list(PROMPTS), n, LONGEST, EOS,
+                               torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        right, wrong = listed(policy).exp() * n, listed(SFT).exp() * n
+    for i, ys in enumerate(written):
+        counts = [ys.count(y) for y in RESPONSES]
+        assert sum(counts) == n
+        statistic, freedom = chi_square(counts, right[i].tolist())
+        assert statistic < chi_square_bound(freedom)
+        statistic, freedom = chi_square(counts, wrong[i].tolist())
+        assert statistic > 10 * chi_square_bound(freedom)
+
+
+def test_the_exact_discriminator_is_the_log_ratio():
+    """Each response has a logit of its own; with exact densities as weights the loss is least at
+    LogRatio's value on all 80 of them. (Weights divided by their sum, response by response, leave
+    each minimum where it is and make the rare ones as easy as the others.)"""
+    with torch.no_grad():
+        positive, negative = listed(SFT).exp().flatten(), listed(INIT).exp().flatten()
+        target = LogRatio(SFT, INIT)(BATCH)
+    both = positive + negative
+    logit = torch.zeros(len(PAIRS), dtype=torch.float64, requires_grad=True)
+    minimise([logit], lambda: discriminator_loss(logit, logit, positive / both, negative / both))
+    torch.testing.assert_close(logit.detach(), target, rtol=0, atol=1e-5)
+    assert target.abs().max() > 1
+
+
+def minimise(parameters, loss_fn, steps=300):
+    optimizer = torch.optim.LBFGS(parameters, max_iter=steps, line_search_fn="strong_wolfe",
+                                  tolerance_grad=1e-10, tolerance_change=1e-14)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = loss_fn()
+        loss.backward()
+        return loss
+    optimizer.step(closure)
+
+
+# ---- pairs: SPIN, IRFT, DPO ---------------------------------------------------------------------
+
+def play(folder, rounds, label, demos):
+    """afd.self_play from SFT on demonstrations; returns the policy and the losses by stage."""
+    world = types.SimpleNamespace(max_response=LONGEST, tokenizer=types.SimpleNamespace(eos=EOS))
+    folder.mkdir()
+    run, s = afd.Run(folder, 0, "cpu"), types.SimpleNamespace(
+        **{**vars(afd.Settings()), "pretrain_epochs": 1.0})
+    policy = afd.self_play(world, s, run, SFT, demos, rounds, label)
+    losses = {}
+    for line in (folder / "metrics.jsonl").open():
+        record = json.loads(line)
+        losses.setdefault(record["stage"], []).append(record["loss"])
+    return policy, losses
+
+
+def test_spin_is_irft_with_one_round(tmp_path):
+    """The same weights to the bit; each round starts at log 2, where the implicit reward against
+    its own reference is zero; and further rounds do go further."""
+    rng = random.Random(0)
+    with torch.no_grad():
+        chance = listed(INIT).exp().tolist()
+    demos = [(x, y) for i, x in enumerate(PROMPTS)
+             for y in rng.choices(RESPONSES, chance[i], k=150)]
+    spin, losses = play(tmp_path / "a", 1, "spin", demos)
+    irft, _ = play(tmp_path / "b", 1, "irft", demos)
+    assert list(losses) == ["self-play 0"]
+    for a, b, start in zip(spin.parameters(), irft.parameters(), SFT.parameters()):
+        assert torch.equal(a, b)
+    further, losses = play(tmp_path / "c", 3, "irft", demos)
+    assert [stage[0] for stage in losses.values()] == pytest.approx(3 * [math.log(2)], abs=1e-12)
+    with torch.no_grad():
+        away = [kl(listed(INIT), listed(policy)).mean() for policy in (SFT, spin, further)]
+    assert away[0] > away[1] > away[2]          # towards whoever wrote the demonstrations
+
+
+def test_implicit_reward():
+    """Zero at the reference, beta times the log-ratio elsewhere, and no gradient in the reference:
+    otherwise DPO would train both."""
+    policy, reference = tiny(5), tiny(6)
+    assert (implicit_reward(policy, policy, BATCH, 0.1) == 0).all()
+    got = implicit_reward(policy, reference, BATCH, 0.1)
+    with torch.no_grad():
+        expected = 0.1 * (listed(policy) - listed(reference)).flatten()
+    torch.testing.assert_close(got.detach(), expected)
+    got.sum().backward()
+    assert all(p.grad is None for p in reference.parameters())
+    marked = collate([([2], [PAD, 3, EOS]), ([2, PAD], [3, EOS])])      # a mark is only a state
+    a, b = implicit_reward(policy, reference, marked, 0.1).tolist()
+    assert a == pytest.approx(b) and a != 0
+
+
+def test_dpo_lands_on_its_closed_form():
+    """The least exact Bradley-Terry loss, over all 1,600 pairs of responses to a prompt as pi_ref
+    writes and r prefers them, is at pi_ref e^(r/beta) / Z: within 0.01 nats, from 0.1 or more."""
+    beta, policy = 0.5, copy.deepcopy(SFT)
+    with torch.no_grad():
+        r = 0.5 * REWARDS["last"](BATCH).view(SHAPE)
+        reference, target = listed(SFT).exp(), tilted(SFT, r, beta)
+        prefers = torch.sigmoid(r[:, :, None] - r[:, None, :])
+        weights = reference[:, :, None] * reference[:, None, :] * prefers
+    each = torch.vmap(bradley_terry_loss)
+
+    def loss_fn():
+        mine = implicit_reward(policy, SFT, BATCH, beta).view(SHAPE)
+        a, b = torch.broadcast_tensors(mine[:, :, None], mine[:, None, :])
+        return (weights * each(a.flatten(), b.flatten()).view(weights.shape)).sum()
+    assert loss_fn().item() == pytest.approx(math.log(2) * weights.sum().item())
+    minimise(list(policy.parameters()), loss_fn, 60)
+    with torch.no_grad():
+        assert kl(listed(SFT), target).min() > 0.1
         assert kl(listed(policy), target).max() < 0.01
+
+
+def test_fit_pairs_learns_from_labelled_pairs():
+    """Towards the same optimum from 3,000 sampled pairs, through train.fit_pairs: the KL to it at
+    least halves, and half or twice the beta would have another optimum, further off. With preferred
+    and other swapped it would go the other way."""
+    beta, rng = 1.0, random.Random(0)
+    with torch.no_grad():
+        r = REWARDS["last"](BATCH)
+        target = tilted(SFT, r, beta)
+    value = dict(zip(keys(BATCH), r.tolist()))
+    written, items = drawing(3000)(SFT), []
+    for a, b in zip(written[0::2], written[1::2]):
+        gap = value[tuple(a[0]), tuple(a[1])] - value[tuple(b[0]), tuple(b[1])]
+        items.append((a, b) if rng.random() < 1 / (1 + math.exp(-gap)) else (b, a))
+    policy, _ = train.fit_pairs(SFT, items, beta, Schedule(lr=3e-3, epochs=2, batch_size=64,
+                                                           weight_decay=0.0), rng)
+    with torch.no_grad():
+        off = kl(listed(policy), target)
+        assert (off < 0.5 * kl(listed(SFT), target)).all()
+        for other in (beta / 2, 2 * beta):
+            assert (off < 0.8 * kl(listed(policy), tilted(SFT, r, other))).all()
+
+
+# ---- best-of-N ----------------------------------------------------------------------------------
+
+def best_of_n_law(pi, rewards, n):
+    """P(y): F(r)^n - F(r-)^n for all responses of y's reward together, shared as pi shares it."""
+    law = np.empty_like(pi)
+    for value in np.unique(rewards):
+        same, below = rewards == value, pi[rewards < value].sum()
+        law[same] = pi[same] / pi[same].sum() * ((below + pi[same].sum()) ** n - below ** n)
+    return law
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_best_of_n_weights_follow_the_exact_law(ties):
+    """5,000 sets of 16 candidates; each response's mean weight is within 4.5 standard errors of the
+    exact law. A bias here would be one in every best-of-N number of the table."""
+    with torch.no_grad():
+        pi = listed(SFT)[0].exp().numpy()
+    rng, rewards = np.random.default_rng(0), REWARDS["last"].values.detach().numpy()[:len(pi)]
+    rewards = rewards.round() if ties else rewards
+    assert len(np.unique(rewards)) < 8 if ties else len(np.unique(rewards)) == len(pi)
+    drawn = rng.choice(len(pi), size=(5000, 16), p=pi / pi.sum())
+    for n in (1, 4, 16):
+        law = best_of_n_law(pi, rewards, n)
+        assert law.sum() == pytest.approx(1)
+        weights = np.zeros((len(drawn), len(pi)))
+        np.add.at(weights, (np.arange(len(drawn))[:, None], drawn),
+                  best_of_n_weights(rewards[drawn], n))
+        often = law > 2e-3
+        error = weights.std(0, ddof=1) / math.sqrt(len(drawn))
+        assert often.sum() > 5
+        assert (np.abs(weights.mean(0) - law) < 4.5 * error)[often].all()
+        assert weights[:, ~often].sum(1).mean() == pytest.approx(law[~often].sum(), abs=5e-3)
+
+
+def test_best_of_n_kl_bounds_the_exact_one():
+    """KL(best-of-n || pi) never exceeds log n - (n - 1)/n, and equals it where no single response
+    has a probability to speak of (each split in 1,000 here). The KL column would be wrong else."""
+    with torch.no_grad():
+        pi = listed(SFT)[0].exp().numpy()
+    rewards = REWARDS["last"].values.detach().numpy()[:len(pi)]
+    fine = np.repeat(pi / 1000, 1000)
+    for n in (1, 2, 4, 16, 64):
+        law = best_of_n_law(pi, rewards, n)
+        got = (law * np.log(law / pi, where=law > 0, out=np.zeros_like(law))).sum()
+        assert -1e-12 < got <= best_of_n_kl(n) + 1e-12
+        upper = np.cumsum(fine)
+        law = upper ** n - (upper - fine) ** n
+        smooth = (law * np.log(law / fine, where=law > 0, out=np.zeros_like(law))).sum()
+        assert smooth == pytest.approx(best_of_n_kl(n), abs=0.01)
+        assert n == 1 or smooth > got
+
+
+# ---- adversarial imitation ----------------------------------------------------------------------
+
+A, B = ([2], [3, EOS]), ([2], [4, 4, EOS])
+
+
+def table_adversary(demos, lr=0.3, **settings):
+    adversary = Adversary(constant_table(0.0), demos, get_divergence("reverse_kl"),
+                          random.Random(0), **settings)
+    adversary.optimizer.param_groups[0]["lr"] = lr
+    return adversary
+
+
+@pytest.mark.parametrize("own, expected", [
+    ([A] * 4, lambda s: math.log((1 - s) / (1 + s))),           # pi = beta
+    ([A, B] * 2, lambda s: math.log((1 - s) / (s + 0.5))),      # pi writes it half as often
+    ([B] * 4, lambda s: math.log(1 / s - 1))])                  # pi never writes it: the bound
+def test_smoothing_bounds_the_logit(own, expected):
+    """The exact optimum h* = log (1 - s) beta / (s beta + pi), at most log(1/s - 1) even where the
+    policy never goes. Without the bound the reward of such a response has no end."""
+    s = 0.1
+    adversary = table_adversary([A], smoothing=s, keep_old=False)
+    for _ in range(200):
+        adversary.learn(list(own))
+        for group in adversary.optimizer.param_groups:
+            group["lr"] *= 0.98
+    h = adversary.judge(collate([A, B])).tolist()
+    assert h[0] == pytest.approx(expected(s), abs=0.02) and h[0] <= math.log(1 / s - 1) + 1e-3
+    assert B not in own or h[1] < -2
+
+
+@pytest.mark.parametrize("keep_old", [False, True])
+@pytest.mark.parametrize("head", ["sum", "last"])
+def test_the_adversary_learns_to_tell(keep_old, head):
+    """Demonstrations hold letter 4, the policy's samples never: the loss falls from 2 log 2, and a
+    demonstration's reward is the higher one. With the labels swapped it would be the lower."""
+    rng = random.Random(0)
+    demos = [pair for pair in PAIRS if 4 in pair[1]]
+    own = [pair for pair in PAIRS if 4 not in pair[1]]
+    judge = RewardModel(INIT, head).double()
+    adversary = Adversary(judge, demos, get_divergence("reverse_kl"), rng, keep_old=keep_old)
+
+    def loss():
+        with torch.no_grad():
+            return discriminator_loss(adversary(collate(demos)), adversary(collate(own))).item()
+    assert loss() == pytest.approx(2 * math.log(2))
+    for _ in range(60):
+        adversary.learn(rng.choices(own, k=16))
+    assert loss() < 0.7
+    assert score(adversary, demos).mean() > 0 > score(adversary, own).mean()
+
+
+@pytest.mark.parametrize("keep_old", [False, True])
+def test_which_negatives_the_adversary_sees(keep_old):
+    """As many as demonstrations: the policy's own, or half of them and half of all there ever were.
+    Only old ones, or a growing number, would be a judge of the past."""
+    adversary, seen = table_adversary([A], keep_old=keep_old), []
+    adversary.judge.register_forward_pre_hook(lambda _, args: seen.append(keys(args[0])))
+    a, b = keys(collate([A, B]))
+    for _ in range(3):
+        adversary.learn([B] * 8)
+    for _ in range(50):
+        adversary.learn([A] * 8)
+    assert all(len(batch) == 16 and batch[:8] == [a] * 8 for batch in seen)
+    later = [batch[8:] for batch in seen[3:]]
+    assert all(batch[:4] == [a] * 4 for batch in later)
+    old = sum(batch.count(b) for batch in later)
+    expected = sum(4 * 3 / (4 + i) for i in range(50)) if keep_old else 0
+    assert abs(old - expected) <= 4 * math.sqrt(expected)
+
+
+@pytest.mark.parametrize("name", ["reverse_kl", "forward_kl", "jensen_shannon", "pearson_chi2"])
+def test_the_adversary_s_reward_is_clipped(name):
+    """r(h) of the divergence, at the last token, and no further from zero than the clip: e^h of one
+    sample would otherwise be the whole gradient."""
+    h = torch.linspace(-60, 60, len(PAIRS), dtype=torch.float64)
+    divergence = get_divergence(name)
+    adversary = Adversary(Table(h), PAIRS, divergence, random.Random(0), clip=2.0)
+    with torch.no_grad():
+        rewards, tokens = adversary(BATCH), adversary.token_rewards(BATCH)
+    assert rewards.abs().max() == 2
+    inside = divergence.reward(h).abs() < 2
+    assert inside.any() and torch.equal(rewards[inside], divergence.reward(h)[inside])
+    assert torch.equal(tokens[torch.arange(len(PAIRS)), BATCH.lengths - 1], rewards)
+    assert (tokens != 0).sum(1).max() == 1
+
+
+def test_adversarial_imitation_comes_closer_to_the_demonstrator():
+    """INIT demonstrates, the policy starts at SFT, the judge learns any h: the reverse KL that is
+    minimised at least halves. With a reward of the wrong sign it would rise. (At lr 3e-3 the judge
+    lags behind the policy, and they run away together: the KL rises.)"""
+    k, rng = 64, random.Random(0)
+    demos = drawing(1000, seed=1)(INIT)
+    adversary = Adversary(constant_table(0.0), demos, get_divergence("reverse_kl"), rng,
+                          keep_old=False)
+    adversary.optimizer.param_groups[0]["lr"] = 0.05
+    policy, _ = train.optimise_policy(SFT, adversary, drawing(k), 80,
+                                      Schedule(lr=3e-4, weight_decay=0.0), 0.0, k, dense=False)
+    with torch.no_grad():
+        assert (kl(listed(policy), listed(INIT)) < kl(listed(SFT), listed(INIT)) / 2).all()

@@ -1,5 +1,6 @@
 """The README promises what the committed results hold: every number, link and command in it."""
 
+import importlib.util
 import json
 import re
 import shlex
@@ -9,55 +10,37 @@ import pytest
 
 import afd
 import train
-from toy_envs.truth import summarise
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-RESULTS = {path.stem: json.loads(path.read_text())
-           for path in (ROOT / "docs" / "results").glob("*_h?_*.json")}
+spec = importlib.util.spec_from_file_location("results", ROOT / "docs" / "results.py")
+results = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(results)
+DATA = json.loads(results.COLLECTED.read_text(encoding="utf-8"))
 
 
-def table(name):
-    """Rows of the README's table between <!-- name --> and <!-- end -->: lists of cells."""
-    block = re.search(rf"<!-- {name} -->\n(.*?)<!-- end -->", README, re.S).group(1)
-    rows = [[cell.strip() for cell in line.strip("|\n").split("|")]
-            for line in block.splitlines() if line.startswith("|")]
-    return [rows[0], *rows[2:]]
+@pytest.mark.parametrize("name", results.tables(DATA))
+def test_tables_are_the_committed_results(name):
+    """A number edited by hand, or results of which only the half was committed, shows here."""
+    assert f"<!-- {name} -->" in README
+    assert results.fill(README, {name: results.tables(DATA)[name]}) == README
 
 
-def result_of(label):
-    """The committed run of a column: "last, h = 1" is helpful's, "harmless, h = 0" has the sum."""
-    what, h = re.fullmatch(r"(\w+), h = (\d)", label).groups()
-    task, head = ("helpful", what) if what in ("sum", "last") else (what, "sum")
-    run = RESULTS[f"{task}_h{h}_{head}"]
-    assert run["config"]["task"] == task and run["config"]["head"] == head
-    assert run["config"]["heterogeneity"] == int(h) and len(run["summary"]["seeds"]) >= 5
-    return run["summary"]
+def test_every_setting_has_five_seeds():
+    seeds = {}
+    for row in DATA["rows"]:
+        seeds.setdefault(row["group"], set()).add(row["seed"])
+    assert {name.rpartition("-s")[0] for name in results.all_runs()} == set(seeds)
+    assert all(len(mine) >= 5 for mine in seeds.values())
 
 
-@pytest.mark.parametrize("name, read, form", [
-    ("SHARES", lambda s, row: [round(100 * v) for v in s["methods"][row]["share_of_golden_gain"]],
-     "{}% ± {}"),
-    ("POINTS", lambda s, row: s["methods"][row]["gold"], "{:.2f} ± {:.2f}"),
-    ("DIFFS", lambda s, row: next([d["mean"], d["ci95"]] for d in s["differences"]
-                                  if f"{d['a']} − {d['b']}" == row), "{:.2f} ± {:.2f}"),
-])
-def test_tables_are_the_committed_results(name, read, form):
-    header, *rows = table(name)
-    assert len(rows) >= 5
-    for row in rows:
-        for label, cell in zip(header[1:], row[1:]):
-            assert cell == form.format(*read(result_of(label), row[0])), (row[0], label)
-
-
-def test_summaries_are_those_of_their_rows():
-    """A summary edited by hand, or made by older code, would no longer follow from the rows."""
-    for run in RESULTS.values():
-        again = json.loads(json.dumps(summarise(run["rows"], run["summary"]["n"])))
-        for name, method in again["methods"].items():
-            assert method["gold"] == pytest.approx(run["summary"]["methods"][name]["gold"])
-        for a, b in zip(again["differences"], run["summary"]["differences"]):
-            assert (a["a"], a["b"]) == (b["a"], b["b"]) and a["mean"] == pytest.approx(b["mean"])
+def test_every_run_is_a_command_of_afd():
+    """`make results` must not fail an hour in, at a flag that afd.py refuses."""
+    for name, (flags, base) in results.all_runs().items():
+        settings = train.parse_settings(afd.Settings, flags.split())
+        afd.check(settings)
+        assert base is None or results.all_runs()[base][1] is None, name
+        assert name.endswith(f"-s{settings.seed}")
 
 
 def test_links_lead_somewhere():

@@ -80,20 +80,21 @@ def print_table(rows, n):
     over = "seeds" if len({r["seed"] for r in rows}) > 1 else "prompts"
     print(f"\ngolden reward in points +- 95% over {over}; best-of-N at N = {n}; KLs and entropy in nats;"
           f"\nrev, fwd: KL from and to the demonstrator")
-    columns = (("proxy_mean", "proxy", 7), ("win_vs_sft", "w/SFT", 6), ("win_vs_demo", "w/demo", 7),
-               ("kl_from_sft", "KL", 6), ("reverse_kl", "rev", 6), ("forward_kl", "fwd", 6),
-               ("entropy", "H", 6), ("length_mean", "len", 6))
-    print(f"{'':20}{'golden':>12}" + "".join(f"{title:>{width}}" for _, title, width in columns))
+    columns = (("proxy_mean", "proxy", "7.2f"), ("win_vs_sft", "w/SFT", "6.2f"),
+               ("win_vs_demo", "w/demo", "7.2f"), ("kl_from_sft", "KL", "6.1f"),
+               ("reverse_kl", "rev", "6.1f"), ("forward_kl", "fwd", "6.1f"),
+               ("entropy", "H", "6.1f"), ("length_mean", "len", "6.1f"))
+    print(f"{'':27}{'golden':>11}" + "".join(f"{title:>{form[0]}}" for _, title, form in columns))
     names = {"init": "pi_0", "sft": "pi_SFT", "demo": "demonstrations"}
     shown = [r for r in rows if r["n"] == (n if r["method"] == "bon" else 1)]
-    for name in dict.fromkeys((r["method"], name_of(r)) for r in shown):
-        mine = [r for r in shown if (r["method"], name_of(r)) == name]
-        label = names.get(name[0], f"  bon {name[1]}" if name[0] == "bon" else f"  {name[1]}")
+    for method, name in dict.fromkeys((r["method"], name_of(r)) for r in shown):
+        mine = [r for r in shown if (r["method"], name_of(r)) == (method, name)]
+        label = names.get(method, f"  {'bon ' if method == 'bon' else ''}{name}")
         gold = number(over_seeds(mine, "gold_mean"))
         half = number(interval(mine, "gold_mean", "gold_ci95"))
-        cells = "".join(f"{number(over_seeds(mine, key), '{:.1f}' if width == 6 and key[0] in 'krefl' else '{:.2f}'):>{width}}"
-                        for key, _, width in columns)
-        print(f"{label:20}{gold:>6}+-{half:>4}{cells}")
+        cells = [(over_seeds(mine, key), form) for key, _, form in columns]
+        print(f"{label:27}{gold:>5}+-{half:>4}" + "".join(
+            f"{number(value, '{:.' + form[2:] + '}'):>{form[0]}}" for value, form in cells))
 
 
 def print_reward_models(records):
@@ -136,13 +137,14 @@ def by_seed(rows, model, key):
 def draw_run(rows, records, out):
     """best_of_n.png and reward_models.png of one run; returns their paths."""
     plt = pyplot()
-    paths = [draw_best_of_n(plt, rows, out)]
+    selected = [r for r in rows if r["method"] in ("init", "sft", "demo", "bon")]
+    paths = [draw_best_of_n(plt, selected, Path(out) / "best_of_n.png")]
     if records[0]["corr_golden"] is not None:
         paths.append(draw_reward_models(plt, records, out))
     return paths
 
 
-def draw_best_of_n(plt, rows, out):
+def draw_best_of_n(plt, rows, path):
     """Golden reward against N beside the proxy's own view of it, one line a selector."""
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.8))
     models = list(dict.fromkeys(r["reward_model"] for r in rows if r["reward_model"]))
@@ -169,7 +171,7 @@ def draw_best_of_n(plt, rows, out):
         axis.minorticks_off()
     figure.legend(*axes[0].get_legend_handles_labels() if axes[0].lines else
                   axes[1].get_legend_handles_labels(), loc="outside right center")
-    return save_figure(figure, Path(out) / "best_of_n.png")
+    return save_figure(figure, path)
 
 
 def draw_reward_models(plt, records, out):
@@ -189,3 +191,62 @@ def draw_reward_models(plt, records, out):
         axis.axvline(0, color="black", linewidth=0.8)
         axis.set(title=title, yticks=range(len(models)), yticklabels=models)
     return save_figure(figure, Path(out) / "reward_models.png")
+
+
+# ---- docs/results.py: five seeds of every setting ------------------------------------------------
+
+def mean_curve(points):
+    """Means over seeds of [(seed, place, x, y)], by place: two arrays."""
+    places = sorted({place for _, place, _, _ in points})
+    by = [[(x, y) for _, p, x, y in points if p == place] for place in places]
+    return np.array([np.mean(column, axis=0) for column in by]).T
+
+
+def draw_frontier(plt, rows, curves, path):
+    """Golden (left) and proxy reward (right) against KL from pi_SFT, nats: best-of-N for N = 1 to
+    64, policy optimisation along its steps, and the closed form; means over seeds."""
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.2))
+    for axis, gold, proxy in ((axes[0], "gold_mean", "golden"), (axes[1], "proxy_mean", "proxy")):
+        for name in dict.fromkeys(r["reward_model"] for r in rows if r["reward_model"] in COLORS):
+            color = COLORS[name]
+            if name in ("random", "length") or (name == "golden" and axis is axes[1]):
+                continue
+            points = [(r["seed"], r["n"], r["kl_from_sft"], r[gold]) for r in rows
+                      if r["method"] == "bon" and r["reward_model"] == name and r["n"] > 1]
+            axis.plot(*mean_curve(points), "o-", markersize=3, color=color, label=f"best-of-N, {name}")
+            points = [(c["seed"], c["step"], c["kl_from_sft"], c[proxy]) for c in curves
+                      if c["name"] == f"po {name} 0.3"]
+            if points:
+                axis.plot(*mean_curve(points), "--", color=color, label=f"optimised, {name}")
+            points = [(r["seed"], r["beta"], r["kl_from_sft"], r[gold]) for r in rows
+                      if r["method"] == "closed-form" and r["reward_model"] == name]
+            if points:
+                axis.plot(*mean_curve(points), "*", markersize=9, color=color,
+                          label=f"closed form, {name}")
+        axis.set(xscale="log", xlabel="KL from pi_SFT, nats", xlim=(0.1, None))
+    demo = over_seeds([r for r in rows if r["method"] == "demo"], "gold_mean")
+    axes[0].axhline(demo, color="#555555", linewidth=1, linestyle=":", label="demonstrations")
+    axes[0].set(title="golden reward (the truth), points", ylim=(-1.5, None))
+    axes[1].set(title="proxy reward, nats", yscale="symlog")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=7)
+    return save_figure(figure, path)
+
+
+def draw_heterogeneity(plt, shares, path):
+    """Share of the golden selector's gain against heterogeneity, one panel a task, from
+    {(task, reward model, h): one number a seed}."""
+    tasks = list(dict.fromkeys(task for task, _, _ in shares))
+    figure, axes = plt.subplots(1, len(tasks), figsize=(9.5, 3.8), sharey=True)
+    for axis, task in zip(axes, tasks):
+        for name in dict.fromkeys(name for _, name, _ in shares):
+            points = [(h, *mean_ci(numbers)) for (t, n, h), numbers in shares.items()
+                      if (t, n) == (task, name) and numbers]
+            if points:
+                h, mean, half = np.array(points).T
+                axis.errorbar(h, 100 * mean, 100 * np.nan_to_num(half), marker="o", markersize=3,
+                              capsize=2, color=COLORS[name], label=name)
+        axis.axhline(0, color="black", linewidth=0.8)
+        axis.set(title=task, xlabel="heterogeneity: chance of a mark in a demonstrator's clause")
+    axes[0].set_ylabel("golden gain of best-of-16 over pi_SFT,\n% of the golden selector's")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
+    return save_figure(figure, path)

@@ -83,11 +83,26 @@ class Truth:
         values = score(lambda batch: logp_seq(policy, batch), responses.pairs, self.device)
         return values.reshape(responses.lengths.shape)
 
-    def forward_kl(self, policy):
-        """E_beta[log d_beta - log pi] over held-out demonstrations without their marks."""
+    def forward_kl(self, policy, every=1):
+        """E_beta[log d_beta - log pi] over held-out demonstrations without their marks, one in
+        `every` of them; None where the demonstrator's density is unknown."""
         if self.unmarked.density is None:
             return None
-        return float((self.unmarked.density - self.logp(policy, self.unmarked)).mean())
+        logp = score(lambda batch: logp_seq(policy, batch), self.unmarked.pairs[::every],
+                     self.device)
+        return float((self.unmarked.density.ravel()[::every] - logp).mean())
+
+    def watch(self, policy, pairs):
+        """What the truth says of a policy in training and of a batch of its samples, which answer
+        training prompts: means of whatever the world knows."""
+        texts = [(self.world.text(x), self.world.text(y)) for x, y in pairs]
+        record = {"length": sum(len(y) for _, y in pairs) / len(pairs)}
+        for name, function in (("golden", self.world.golden), ("demo_logp", self.world.demo_logp)):
+            if function:
+                record[name] = sum(function(*text) for text in texts) / len(texts)
+        if self.world.demo_logp:
+            record["forward_kl"] = self.forward_kl(policy, every=16)
+        return record
 
     def add_row(self, method, responses, weights=None, logp=None, **columns):
         """One row: means over prompts of the responses under `weights` (P, M), equal if None.
@@ -135,16 +150,6 @@ class Truth:
             self.add_row("bon", self.candidates, weights, logp, reward_model=name, n=n,
                          proxy_mean=float((weights * values).sum(1).mean()),
                          kl_from_sft=0.0 if name == "random" else best_of_n_kl(n), **columns)
-
-
-def truth_of_batch(world, pairs):
-    """What the truth says of a batch of samples: means of whatever the world knows."""
-    texts = [(world.text(x), world.text(y)) for x, y in pairs]
-    record = {"length": sum(len(y) for _, y in pairs) / len(pairs)}
-    for name, function in (("golden", world.golden), ("demo_logp", world.demo_logp)):
-        if function:
-            record[name] = sum(function(*text) for text in texts) / len(texts)
-    return record
 
 
 def distinct(texts):
