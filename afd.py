@@ -30,8 +30,8 @@ import torch
 
 import train
 from divergences import DIVERGENCES, get_divergence
-from model import (GPT, GPTConfig, InputError, encode_documents, load_pretrained,
-                   sample_responses, save_pretrained, write_json)
+from model import (GPT, GPTConfig, InputError, encode_documents, sample_responses,
+                   save_pretrained, write_json)
 from reward import (HEADS, REWARD_MODELS, Adversary, LogRatio, RewardModel, TokenExtrapolation,
                     score)
 from toy_envs.figures import draw_run, print_reward_models, print_samples, print_table
@@ -155,10 +155,7 @@ class Run:
 def pretrain(world, s, run):
     """pi_0: a checkpoint, or a transformer pretrained on the corpus."""
     if s.init:
-        init, tokenizer, _ = load_pretrained(s.init)
-        if tokenizer.backend.get_vocab() != world.tokenizer.backend.get_vocab():
-            raise InputError(f"--init {s.init}: its tokenizer is not that of this task")
-        return init.to(run.device)
+        return train.load_init(s.init, world).to(run.device)
     tok = world.tokenizer
     torch.manual_seed(run.rng("weights").getrandbits(62))
     init = GPT(GPTConfig(len(tok), world.max_prompt + world.max_response, s.n_embd, s.n_layer,
@@ -281,7 +278,7 @@ def optimise_policy(world, s, run, sft, truth, reward, plan, beta, label, dense=
 def fit_pairs(s, run, reference, items, label):
     """The policy of train.fit_pairs: DPO on labelled pairs."""
     policy, history = train.fit_pairs(reference, items, s.pair_beta, schedules(s)["pairs"],
-                                      run.rng(label), label)
+                                      run.rng("pairs"), label)
     run.log(label, history)
     return policy
 
@@ -294,7 +291,7 @@ def self_play(world, s, run, sft, demos, rounds, label):
         own = sample_responses(policy, [x for x, _ in demos], 1, world.max_response,
                                world.tokenizer.eos, run.generator(f"self-play {i}"), label=label)
         items = [(pair, (pair[0], ys[0])) for pair, ys in zip(demos, own)]
-        policy = fit_pairs(s, run, policy, items, f"self-play {i}")
+        policy = fit_pairs(s, run, policy, items, f"{label} {i + 1}")
     return policy
 
 
@@ -414,6 +411,8 @@ def main(argv=None):
     device = train.choose_device(s.device)
     make_world = file_world if s.demos else text_world
     world = make_world(s, s.seed)       # bad data is refused here, before a file is written
+    if s.init:
+        train.load_init(s.init, world)
     out = train.claim_folder(s.out, s.overwrite)
     versions = {"python": platform.python_version(), "torch": torch.__version__,
                 "numpy": np.__version__, "tokenizers": tokenizers.__version__}

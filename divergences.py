@@ -282,11 +282,11 @@ def policy_gradient_loss(logp, old, reference, rewards, mask, beta, k, clip=0.0)
     """-mean_y sum_t A_t log pi(a_t|s_t): its gradient is that of -(E_pi[r] - beta KL(pi || pi_ref)).
 
     The return-to-go is G_t = sum_{t'>=t} r_t' - beta (log pi - log pi_ref)_t', the KL being part of
-    the reward; A_t is G_t less the leave-one-out baseline over the K samples of a prompt, which
-    stand together. All (B, T), zero outside the response; `old`: log pi when the samples were drawn.
-    clip > 0: PPO's min(ratio A, clip(ratio) A), for further steps on the same samples.
+    the reward; A_t is G_t less the leave-one-out baseline over the k samples of a prompt, which
+    stand together. All (B, T), the log-probabilities zero outside the response; `old`: log pi when
+    the samples were drawn. clip > 0: PPO's min(ratio A, clip(ratio) A), for further steps on them.
     """
-    to_go = ((rewards - beta * (old - reference)) * mask).flip(1).cumsum(1).flip(1)
+    to_go = (rewards - beta * (old - reference)).flip(1).cumsum(1).flip(1)
     advantage = leave_one_out(to_go.unflatten(0, (-1, k))).flatten(0, 1)
     gain = advantage * logp
     if clip:

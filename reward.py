@@ -15,7 +15,7 @@ optimum the logit is h* = log d_positives - log d_negatives, and the logit is th
 
 Every reward is called with a batch and gives (B,), in nats per sequence for all but `preference`,
 whose unit is the log-odds of being preferred; `token_rewards` gives its terms, (B, T), zero outside
-the response. Source: arXiv:2405.15624, section 4.
+the response but for what is given at the end. Source: arXiv:2405.15624, section 4.
 """
 
 import copy
@@ -55,11 +55,11 @@ class RewardModel(nn.Module):
         nn.init.zeros_(self.score.bias)
 
     def token_rewards(self, batch):
-        """r(s_t, y_t) at each token, (B, T), nats; head "last" gives all of it to the last one."""
+        """r(s_t, y_t) at each token, (B, T), nats; head "last" gives it at the end."""
         hidden = self.trunk.hidden(batch.tokens)
         if self.head == "last":
             rows = torch.arange(len(batch.lengths), device=hidden.device)
-            return at_last_token(self.score(hidden[rows, batch.lengths - 1]).squeeze(-1), batch)
+            return at_the_end(self.score(hidden[rows, batch.lengths - 1]).squeeze(-1), batch)
         states = self.score(hidden[:, :-1])                                 # (B, T-1, D)
         rewards = (states * self.trunk.wte(batch.tokens[:, 1:])).sum(-1)
         return F.pad(rewards, (1, 0)) * batch.response_mask()
@@ -69,10 +69,14 @@ class RewardModel(nn.Module):
         return self.token_rewards(batch).sum(1)
 
 
-def at_last_token(rewards, batch):
-    """(B, T): the rewards (B,) of whole responses, given at their last token."""
-    t = torch.arange(batch.tokens.shape[1], device=rewards.device)
-    return rewards[:, None] * (t == batch.lengths[:, None] - 1)
+def at_the_end(rewards, batch):
+    """(B, T): the rewards (B,) of whole responses, given in the last column.
+
+    That is the horizon, where all responses of the batch have ended: a response that ended earlier
+    waits there, so that at every token a prompt's other responses are all compared with, and a
+    reward that is the same for all moves nothing.
+    """
+    return F.pad(rewards[:, None], (batch.tokens.shape[1] - 1, 0))
 
 
 class LogRatio(nn.Module):
@@ -171,9 +175,9 @@ class Adversary:
         self.optimizer.step()
 
     def token_rewards(self, batch):
-        """r(h), all of it at the last token, since it is no sum: (B, T)."""
+        """r(h), given at the end, since it is no sum over tokens: (B, T)."""
         reward = self.divergence.reward(self.judge(batch))
-        return at_last_token(reward.clamp(-self.clip, self.clip), batch)
+        return at_the_end(reward.clamp(-self.clip, self.clip), batch)
 
     def __call__(self, batch):
         return self.token_rewards(batch).sum(1)

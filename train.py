@@ -24,7 +24,7 @@ from tqdm import tqdm
 from divergences import discriminator_loss, policy_gradient_loss
 from model import (GPT, GPTConfig, InputError, bpe_tokenizer, collate, encode_documents,
                    encode_pair, load_pretrained, logp_token, save_pretrained, write_aside)
-from reward import (HEADS, RewardModel, at_last_token, bradley_terry_loss,
+from reward import (HEADS, RewardModel, at_the_end, bradley_terry_loss,
                     implicit_reward)
 from toy_envs.worlds import read_examples, read_texts
 
@@ -256,7 +256,7 @@ def optimise_policy(sft, reward, draw, steps, schedule, beta, k, ppo_clip=0.0, d
         with torch.no_grad():
             rewards, reference = reward.token_rewards(batch), logp_token(sft, batch)
             if not dense:
-                rewards = at_last_token(rewards.sum(1), batch)
+                rewards = at_the_end(rewards.sum(1), batch)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(schedule, step, steps)
         old = None
@@ -301,6 +301,16 @@ def choose_device(name):
         return torch.zeros(1, device=name).device
     except RuntimeError as error:
         raise InputError(f"no device {name!r} here") from error
+
+
+def load_init(folder, world):
+    """pi_0 from a checkpoint folder. Raises InputError where it does not fit this world."""
+    init, tokenizer, _ = load_pretrained(folder)
+    if tokenizer.backend.get_vocab() != world.tokenizer.backend.get_vocab():
+        raise InputError(f"{folder}: its tokenizer is not that of this data")
+    if init.config.n_positions < world.max_prompt + world.max_response:
+        raise InputError(f"{folder}: {init.config.n_positions} positions are too few")
+    return init
 
 
 def claim_folder(out, overwrite):
