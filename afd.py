@@ -7,7 +7,7 @@
     5  best-of-N extrapolates over a reward: of N samples of pi_SFT keep what it scores highest
     6  policies  so does optimising the policy, max E_pi[r] - beta KL(pi || pi_SFT), and so does the
                  closed form; beside them the neighbours: online adversarial imitation, SPIN, IRFT, DPO
-    7  truth     beside every proxy the golden reward, which only `preference` saw, as labels
+    7  truth     beside every proxy the golden reward, seen only by the methods that need labels
 
 Source: Sun and van der Schaar, "Inverse-RLignment", arXiv:2405.15624. Differs from the paper: the
 reward head is summed over tokens (--head last is the common one), policies are small and the golden
@@ -119,7 +119,8 @@ FLOOR = 0.1     # alpha of the floored log-ratio: the usual share of the plausib
 def schedules(s):
     """How each stage is trained, without weight decay; why so is in docs/LOG.md."""
     return {"pretrain": Schedule(1.2e-2, s.pretrain_epochs, batch_size=24, warmup=0.05),
-            "sft": Schedule(1e-3, s.sft_epochs), "reward": Schedule(3e-3, s.reward_epochs),
+            "sft": Schedule(1e-3, s.sft_epochs, evaluations=max(8, math.ceil(s.sft_epochs))),
+            "reward": Schedule(3e-3, s.reward_epochs),
             "po": Schedule(3e-3), "adversarial": Schedule(3e-4), "pairs": Schedule(3e-4)}
 
 
@@ -253,7 +254,8 @@ def best_of_n(s, run, rewards, truth):
 # ---- beyond best-of-N: the policy itself moves ---------------------------------------------------
 
 def optimise_policy(world, s, run, sft, truth, reward, plan, beta, label, dense=True):
-    """max over pi of E_pi[r] - beta KL(pi || pi_SFT), from pi_SFT; optimum pi_SFT e^(r/beta) / Z.
+    """max over pi of E_pi[r] - beta KL(pi || pi_SFT), from pi_SFT; its optimum for a fixed reward
+    and beta > 0 is pi_SFT e^(r/beta) / Z.
 
     Every step draws s.group samples to each of a batch of prompts. Returns the policy; its history,
     with the truth that the learner does not see, goes to run.curves.
@@ -270,6 +272,8 @@ def optimise_policy(world, s, run, sft, truth, reward, plan, beta, label, dense=
     with run.stage(label, f"6 {label}: {s.policy_steps} policy-gradient steps"):
         policy, history = train.optimise_policy(sft, reward, draw, s.policy_steps, plan, beta,
                                                 s.group, s.ppo_clip, dense, label, truth.watch)
+    run.seconds[label] = round(run.seconds[label] - truth.watching, 2)      # the method's own time
+    truth.watching = 0.0
     run.log(label, history)
     run.curves[label] = history
     return policy
@@ -359,7 +363,7 @@ def check(s):
         raise InputError("--betas must be positive")
     if "po" in s.methods and not set(s.optimise) <= set(s.rewards):
         raise InputError("--optimise names a reward model that --rewards does not")
-    for name in ("heterogeneity", "label_noise", "label_smoothing"):
+    for name in ("heterogeneity", "label_noise"):
         if not 0 <= getattr(s, name) <= 1:
             raise InputError(f"--{name.replace('_', '-')} must lie in [0, 1], not "
                              f"{getattr(s, name)}")
@@ -372,8 +376,10 @@ def check(s):
         if getattr(s, name) < least:
             raise InputError(f"--{name.replace('_', '-')} must be at least {least}, not "
                              f"{getattr(s, name)}")
-    if not 0 <= s.ppo_clip < 1:
-        raise InputError(f"--ppo-clip must lie in [0, 1), not {s.ppo_clip}")
+    for name, least in (("ppo_clip", 1), ("label_smoothing", 0.5)):
+        if not 0 <= getattr(s, name) < least:
+            raise InputError(f"--{name.replace('_', '-')} must lie in [0, {least}), not "
+                             f"{getattr(s, name)}")
     train.check_model(s.n_embd, s.n_head, s.vocab_size)
     if not s.demos and (s.corpus or s.prompts or s.gold):
         raise InputError("--corpus, --prompts and --gold go with --demos")
@@ -390,7 +396,7 @@ def run_seed(s, seed, world, out, device):
     with run.stage("candidates", f"5 best-of-N: {s.n_candidates} candidates to each of "
                                  f"{len(world.test_prompts)} held-out prompts"):
         truth = Truth(world, {"task": "file" if s.demos else s.task, "seed": seed}, init, sft,
-                      s.n_candidates, device, run.generator("truth"))
+                      s.n_candidates, device, run.generator)
     scores = best_of_n(s, run, rewards, truth)
     optimised = run_methods(world, s, run, init, sft, rewards, labelled, truth)
     records = inspect_rewards(world, seed, rewards, scores, truth.candidates, device)
@@ -399,7 +405,7 @@ def run_seed(s, seed, world, out, device):
     for name, (reward, _) in rewards.items():
         if isinstance(reward, RewardModel):
             train.save_reward(out / f"seed{seed}" / name, reward, world.tokenizer)
-    samples = pick_samples(truth, next(iter(scores.values())), min(16, s.n_candidates), optimised)
+    samples = pick_samples(truth, scores, min(16, s.n_candidates), optimised)
     write_json(out / f"seed{seed}" / "samples.json", samples)
     return truth.rows, records, run.curves, samples, run.seconds
 

@@ -11,7 +11,7 @@ optimum the logit is h* = log d_positives - log d_negatives, and the logit is th
     sft-demo    demonstrations   y ~ pi_SFT   who wrote is nearly all that is left
     preference  preferred        dispreferred  Bradley-Terry: needs labels the others do not get
     log-ratio   -                -            the optimum of init-sft in closed form, no training
-    floored     -                -            the log-ratio where pi_0 knows what it talks about
+    floored     -                -            the same; a word implausible to pi_0 gains nothing by it
 
 Every reward is called with a batch and gives (B,), in nats per sequence for all but `preference`,
 whose unit is the log-odds of being preferred; `token_rewards` gives its terms, (B, T), zero outside
@@ -151,8 +151,8 @@ class Adversary:
     smoothing        one-sided label smoothing: a demonstration's label is 1 - smoothing, which
                      bounds h* above by log(1/smoothing - 1)
     clip             largest absolute reward: e^h of one sample must not be the whole gradient
-    keep_old         half of the negatives are by older policies, so that the judge does not forget
-                     what the policy has already unlearned; h* is then against that mixture
+    keep_old         half of the negatives are of all policies so far, so that the judge does not
+                     forget what was already unlearned; h* is then against that mixture
     """
 
     def __init__(self, judge, demos, divergence, rng, smoothing=0.0, clip=10.0, keep_old=True):
@@ -195,7 +195,9 @@ def implicit_reward(policy, reference, batch, beta):
     (demonstrations against the reference's own samples, arXiv:2401.01335). Tokens that no policy
     can write are states, not actions: they count nothing.
     """
-    return beta * (logp_writable(policy, batch) - logp_writable(reference, batch).detach()).sum(1)
+    with torch.no_grad():
+        logp_ref = logp_writable(reference, batch)
+    return beta * (logp_writable(policy, batch) - logp_ref).sum(1)
 
 
 @torch.inference_mode()

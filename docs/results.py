@@ -71,16 +71,17 @@ def all_runs():
 def run(name, flags, base):
     """One run on one thread; what it prints goes to its log. Returns whether it ended well."""
     out = RUNS / name
-    if (ROOT / out / "results.json").exists():
-        return True
     seed = name.rpartition("s")[2]
     init = ["--init", str(RUNS / base / f"seed{seed}" / "init")] if base else []
     if base and not (ROOT / RUNS / base / "results.json").exists():
         return False
     (ROOT / RUNS).mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "afd.py", *flags.split(), *init, "--out", str(out), "--overwrite"]
+    command = ["afd.py", *flags.split(), *init, "--out", str(out), "--overwrite"]
+    done = ROOT / out / "results.json"
+    if done.exists() and json.loads(done.read_text())["command"] == " ".join(["python", *command]):
+        return True
     with open(ROOT / RUNS / f"{name}.log", "w") as log:
-        ended = subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT,
+        ended = subprocess.run([sys.executable, *command], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT,
                                env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode
     print(f"{name}: {'done' if ended == 0 else f'failed with status {ended}, see its log'}",
           flush=True)
@@ -148,7 +149,7 @@ def cell(numbers, form="{:.2f}"):
 
 
 def percent(numbers):
-    return cell([100 * x for x in numbers], "{:.0f}") + "%"
+    return cell([100 * x for x in numbers], "{:.0f}%")
 
 
 def markdown(header, rows):

@@ -117,7 +117,7 @@ def print_reward_models(records):
 
 
 def print_samples(samples, count=3):
-    print("\nsamples side by side (golden / init-sft's proxy)")
+    print("\nsamples side by side (golden / proxy)")
     for sample in samples[:count]:
         prompt = sample["prompt"].strip()
         print("\n  " + repr(prompt if len(prompt) < 200 else "..." + prompt[-200:]))
@@ -139,7 +139,7 @@ def draw_run(rows, records, out):
     plt = pyplot()
     selected = [r for r in rows if r["method"] in ("init", "sft", "demo", "bon")]
     paths = [draw_best_of_n(plt, selected, Path(out) / "best_of_n.png")]
-    if records[0]["corr_golden"] is not None:
+    if records and records[0]["corr_golden"] is not None:
         paths.append(draw_reward_models(plt, records, out))
     return paths
 
@@ -204,10 +204,11 @@ def mean_curve(points):
 
 def draw_frontier(plt, rows, curves, path):
     """Golden (left) and proxy reward (right) against KL from pi_SFT, nats: best-of-N for N = 1 to
-    64, policy optimisation along its steps, and the closed form; means over seeds."""
+    64, policy optimisation along its steps (its samples on training prompts) with crosses where it ends
+    (held-out prompts, as all else), and the closed form; means over seeds."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.2))
     for axis, gold, proxy in ((axes[0], "gold_mean", "golden"), (axes[1], "proxy_mean", "proxy")):
-        for name in dict.fromkeys(r["reward_model"] for r in rows if r["reward_model"] in COLORS):
+        for name in dict.fromkeys(r["reward_model"] for r in rows if r["method"] == "bon"):
             color = COLORS[name]
             if name in ("random", "length") or (name == "golden" and axis is axes[1]):
                 continue
@@ -218,11 +219,12 @@ def draw_frontier(plt, rows, curves, path):
                       if c["name"] == f"po {name} 0.3"]
             if points:
                 axis.plot(*mean_curve(points), "--", color=color, label=f"optimised, {name}")
-            points = [(r["seed"], r["beta"], r["kl_from_sft"], r[gold]) for r in rows
-                      if r["method"] == "closed-form" and r["reward_model"] == name]
-            if points:
-                axis.plot(*mean_curve(points), "*", markersize=9, color=color,
-                          label=f"closed form, {name}")
+            for method, marker, label in (("po", "X", None), ("closed-form", "*", "closed form")):
+                points = [(r["seed"], r["beta"], r["kl_from_sft"], r[gold]) for r in rows
+                          if r["method"] == method and r["reward_model"] == name]
+                if points:
+                    axis.plot(*mean_curve(points), marker, markersize=9, color=color,
+                              label=label and f"{label}, {name}")
         axis.set(xscale="log", xlabel="KL from pi_SFT, nats", xlim=(0.1, None))
     demo = over_seeds([r for r in rows if r["method"] == "demo"], "gold_mean")
     axes[0].axhline(demo, color="#555555", linewidth=1, linestyle=":", label="demonstrations")

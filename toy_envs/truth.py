@@ -6,16 +6,17 @@ rewards, entropy and KLs in nats per sequence.
 
     kl_from_sft   E_pi[log pi - log pi_SFT]: how far the writer has moved
     entropy       E_pi[-log pi]
-    distinct      share of different responses among those to one prompt
+    distinct      share of different responses among 8 to one prompt
     reverse_kl    E_pi[log pi - log d_beta]: high if it writes what the demonstrator would not
     forward_kl    E_beta[log d_beta - log pi]: high if it would not write what the demonstrator does
 
-A best-of-n selector's density is known at its candidates alone, where its ratio to pi_SFT is M
-times the candidate's weight: so its entropy and reverse KL are estimated, and its forward KL, which
-needs the density at demonstrations, is not.
+Of a best-of-n selector the density is not known sample by sample, but E[log pi - log pi_SFT] is: see
+reward.best_of_n_kl. Hence its entropy and reverse KL; where scores tie, a lower and an upper bound.
+Its forward KL would need the density at demonstrations, and its distinct share fresh candidates.
 """
 
 import math
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,19 +59,22 @@ def write(world, policy, n, generator, label):
 
 
 class Truth:
-    """One seed's judge: `rows` collects what each method achieves on the held-out prompts."""
+    """One seed's judge: `rows` collects what each method achieves on the held-out prompts.
+
+    generator(label): the randomness of one writer's samples; `watching`: seconds spent in watch.
+    """
 
     def __init__(self, world, source, init, sft, n_candidates, device, generator):
         self.world, self.source, self.device, self.generator = world, source, device, generator
-        self.sft, self.rows = sft, []
+        self.sft, self.rows, self.watching = sft, [], 0.0
 
         def demonstrations(strip):      # cut and read as the policy's responses are
             return read(world, [[world.pair(x, strip(y))[1] for y in row]
                                 for x, row in zip(world.test_prompts, world.test_demos)])
         self.demo = demonstrations(str)
         self.unmarked = demonstrations(world.unmark) if world.unmark else self.demo
-        self.candidates = write(world, sft, n_candidates, generator, "pi_SFT's candidates")
-        self.rival = write(world, sft, SAMPLES, generator, "rivals")    # others than those picked
+        self.candidates = write(world, sft, n_candidates, generator("candidates"), "candidates")
+        self.rival = write(world, sft, SAMPLES, generator("rivals"), "rivals")  # not to pick from
         self.sft_logp = self.logp(sft, self.candidates)
         self.init = self.add_policy("init", init)
         self.add_row("sft", self.candidates, logp=self.sft_logp, kl_from_sft=0.0,
@@ -95,6 +99,7 @@ class Truth:
     def watch(self, policy, pairs):
         """What the truth says of a policy in training and of a batch of its samples, which answer
         training prompts: means of whatever the world knows."""
+        start = time.perf_counter()
         texts = [(self.world.text(x), self.world.text(y)) for x, y in pairs]
         record = {"length": sum(len(y) for _, y in pairs) / len(pairs)}
         for name, function in (("golden", self.world.golden), ("demo_logp", self.world.demo_logp)):
@@ -102,6 +107,7 @@ class Truth:
                 record[name] = sum(function(*text) for text in texts) / len(texts)
         if self.world.demo_logp:
             record["forward_kl"] = self.forward_kl(policy, every=16)
+        self.watching += time.perf_counter() - start
         return record
 
     def add_row(self, method, responses, weights=None, logp=None, **columns):
@@ -124,37 +130,36 @@ class Truth:
         known = logp is not None and responses.density is not None
         self.rows.append({
             **row, "length_mean": mean(responses.lengths),
-            "entropy": None if logp is None else -mean(logp), "distinct": distinct(responses.texts),
+            "entropy": None if logp is None else -mean(logp),
+            "distinct": None if method == "bon" else distinct(responses.texts),
             "forward_kl": None, "reverse_kl": mean(logp - responses.density) if known else None,
             "seconds": None, **columns})
 
-    def add_policy(self, method, policy, reward=None, **columns):
+    def add_policy(self, method, policy, reward=None, seconds=None, **columns):
         """A row of a policy from fresh samples; reward: the proxy it was optimised for, if any."""
-        responses = write(self.world, policy, SAMPLES, self.generator, method)
+        label = " ".join([method, *(str(value) for value in columns.values())])
+        responses = write(self.world, policy, SAMPLES, self.generator(label), method)
         logp = self.logp(policy, responses)
         proxy = None
         if reward is not None:
             proxy = float(score(reward, responses.pairs, self.device).mean())
         self.add_row(method, responses, logp=logp, proxy_mean=proxy,
                      kl_from_sft=float((logp - self.logp(self.sft, responses)).mean()),
-                     forward_kl=self.forward_kl(policy), **columns)
+                     forward_kl=self.forward_kl(policy), seconds=seconds, **columns)
         return responses
 
-    def add_best_of_n(self, name, values, **columns):
+    def add_best_of_n(self, name, values):
         """Rows of best-of-n by scores (P, N) of the candidates, n = 1, 2, 4, ... N."""
-        M = values.shape[1]
-        for n in (2 ** k for k in range(M.bit_length())):
+        for n in (2 ** k for k in range(values.shape[1].bit_length())):
             weights = best_of_n_weights(values, n)
-            picked = weights if name == "random" else np.maximum(weights * M, 1e-300)
-            logp = self.sft_logp + (0.0 if name == "random" else np.log(picked))
-            self.add_row("bon", self.candidates, weights, logp, reward_model=name, n=n,
-                         proxy_mean=float((weights * values).sum(1).mean()),
-                         kl_from_sft=0.0 if name == "random" else best_of_n_kl(n), **columns)
+            kl = 0.0 if name == "random" else best_of_n_kl(n)
+            self.add_row("bon", self.candidates, weights, self.sft_logp + kl, reward_model=name,
+                         n=n, proxy_mean=float((weights * values).sum(1).mean()), kl_from_sft=kl)
 
 
 def distinct(texts):
-    """Share of different responses among those to one prompt: the mean over prompts."""
-    return float(np.mean([len(set(row)) / len(row) for row in texts]))
+    """Share of different responses among the first 8 to a prompt: the mean over prompts."""
+    return float(np.mean([len(set(row[:SAMPLES])) / len(row[:SAMPLES]) for row in texts]))
 
 
 # ---- what the reward models learned --------------------------------------------------------------
@@ -244,11 +249,13 @@ def summarise(rows, n):
     return {"n": n, "seeds": seeds, "methods": methods, "differences": differences}
 
 
-def pick_samples(truth, proxy, n, optimised):
-    """Per held-out prompt, side by side: a sample of pi_0, one of pi_SFT, the pick of n by `proxy`
-    (P, N), a sample of the optimised policy if there is one, a demonstration; each with its golden
-    reward, and the candidates with their proxy.
+def pick_samples(truth, scores, n, optimised):
+    """Per held-out prompt, side by side: a sample of pi_0, one of pi_SFT, the pick of n by the first
+    reward model, a sample of the optimised policy if there is one, a demonstration; each with its
+    golden reward, and the candidates with their proxy.
     """
+    name, proxy = next(iter(scores.items()))
+
     def said(responses, i, j, proxy=None):
         return {"text": responses.texts[i][j],
                 "golden": None if responses.gold is None else float(responses.gold[i][j]),
@@ -258,7 +265,7 @@ def pick_samples(truth, proxy, n, optimised):
     for i, prompt in enumerate(truth.world.test_prompts):
         side = {"prompt": prompt, "pi_0": said(truth.init, i, 0),
                 "pi_SFT": said(truth.candidates, i, 0, proxy),
-                f"best of {n}": said(truth.candidates, i, int(proxy[i][:n].argmax()), proxy)}
+                f"{n}, {name}": said(truth.candidates, i, int(proxy[i][:n].argmax()), proxy)}
         if optimised:
             side["optimised"] = said(optimised, i, 0)
         samples.append({**side, "demonstration": said(truth.demo, i, 0)})
