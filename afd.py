@@ -6,7 +6,7 @@
     4  rewards   a discriminator's logit is a reward; what it separates decides what it rewards
     5  best-of-N extrapolates over a reward: of N samples of pi_SFT keep what it scores highest
     6  policies  so does optimising the policy, max E_pi[r] - beta KL(pi || pi_SFT), and so does the
-                 closed form; beside them the neighbours: online adversarial imitation, SPIN, IRFT, DPO
+                 closed form; beside them online adversarial imitation, SPIN, IRFT and DPO
     7  truth     beside every proxy the golden reward, seen only by the methods that need labels
 
 Source: Sun and van der Schaar, "Inverse-RLignment", arXiv:2405.15624. Differs from the paper: the
@@ -61,7 +61,8 @@ class Settings:
     rewards: str = setting(",".join(REWARD_MODELS), "reward models for best-of-N, with commas")
     methods: str = setting("po,closed-form", "what else to run, with commas, of "
                                              + ", ".join(METHODS) + "; all; none")
-    optimise: str = setting("init-sft", "po: against which reward models, with commas; all")
+    optimise: str = setting("", "po: against which of --rewards, with commas; all (default: the "
+                                "first of them)")
     betas: str = setting("0.3", "po, closed-form: weights of KL(pi || pi_SFT), with commas; all of "
                                 "them for the first of --optimise, the first for the others")
     divergences: str = setting("reverse_kl,forward_kl",
@@ -109,7 +110,7 @@ class Settings:
 # are long. Each pair: the value for a built-in task, the value with --demos.
 DEFAULTS = {"n_samples": (9000, 1000), "n_candidates": (64, 16), "pretrain_epochs": (1.0, 4.0)}
 # Lists with commas and what may stand in them; counts that must be positive.
-LISTS = {"rewards": REWARD_MODELS, "methods": METHODS, "optimise": REWARD_MODELS,
+LISTS = {"rewards": REWARD_MODELS, "methods": METHODS, "optimise": None,    # any of the rewards
          "divergences": tuple(DIVERGENCES)}
 COUNTS = ("seeds", "n_demos", "n_corpus", "n_samples", "n_prompts", "n_preferences", "n_layer",
           "max_prompt", "max_response", "policy_steps", "rounds")
@@ -348,9 +349,9 @@ def check(s):
         if not getattr(s, name):
             setattr(s, name, values[s.demos is not None])
     for name, known in LISTS.items():
-        chosen = [part for part in getattr(s, name).split(",") if part]
-        if chosen == ["all"] or (name == "methods" and chosen == ["none"]):
-            chosen = list(known) if chosen == ["all"] else []
+        known = known or s.rewards
+        chosen = [part for part in getattr(s, name).split(",") if part not in ("", "none")]
+        chosen = list(known) if chosen == ["all"] else chosen
         for part in chosen:
             if part not in known:
                 raise InputError(f"--{name}: unknown {part!r}; known: {', '.join(known)}")
@@ -361,11 +362,11 @@ def check(s):
         raise InputError(f"--betas must be numbers with commas, not {s.betas}") from None
     if not s.betas or not all(0 < beta < math.inf for beta in s.betas):
         raise InputError("--betas must be positive")
-    if "po" in s.methods and not set(s.optimise) <= set(s.rewards):
-        raise InputError("--optimise names a reward model that --rewards does not")
-    for name in ("heterogeneity", "label_noise"):
-        if not 0 <= getattr(s, name) <= 1:
-            raise InputError(f"--{name.replace('_', '-')} must lie in [0, 1], not "
+    s.optimise = s.optimise or s.rewards[:1]
+    for name, top in (("heterogeneity", 1), ("label_noise", 1), ("ppo_clip", 0.9),
+                      ("label_smoothing", 0.4)):
+        if not 0 <= getattr(s, name) <= top:
+            raise InputError(f"--{name.replace('_', '-')} must lie in [0, {top}], not "
                              f"{getattr(s, name)}")
     if s.n_candidates < 1 or s.n_candidates & (s.n_candidates - 1):
         raise InputError(f"--n-candidates must be a power of two, not {s.n_candidates}")
@@ -375,10 +376,6 @@ def check(s):
     for name, least in {**dict.fromkeys(COUNTS, 1), "group": 2}.items():
         if getattr(s, name) < least:
             raise InputError(f"--{name.replace('_', '-')} must be at least {least}, not "
-                             f"{getattr(s, name)}")
-    for name, least in (("ppo_clip", 1), ("label_smoothing", 0.5)):
-        if not 0 <= getattr(s, name) < least:
-            raise InputError(f"--{name.replace('_', '-')} must lie in [0, {least}), not "
                              f"{getattr(s, name)}")
     train.check_model(s.n_embd, s.n_head, s.vocab_size)
     if not s.demos and (s.corpus or s.prompts or s.gold):
@@ -427,20 +424,19 @@ def main(argv=None):
     for stale in ("results.json", "metrics.jsonl", "best_of_n.png", "reward_models.png"):
         (out / stale).unlink(missing_ok=True)
     write_json(out / "config.json", head)
-    rows, records, curves, seconds, first, n = [], [], {}, {}, None, min(16, s.n_candidates)
+    rows, records, curves, seconds, first, n = [], [], {}, {}, [], min(16, s.n_candidates)
     for seed in range(s.seed, s.seed + s.seeds):
         world = world if seed == s.seed else make_world(s, seed)
         print(f"seed {seed} on {device}" + "".join(f"; {note}" for note in world.notes), flush=True)
-        *parts, curves[str(seed)], samples, seconds[str(seed)] = run_seed(s, seed, world, out, device)
-        rows, records, first = rows + parts[0], records + parts[1], first or samples
+        *parts, samples, seconds[str(seed)] = run_seed(s, seed, world, out, device)
+        rows, records, curves[str(seed)] = rows + parts[0], records + parts[1], parts[2]
+        first = first or samples
         results = {**head, "seconds": seconds, "rows": rows, "reward_models": records,
-                   "curves": curves,
-                   "summary": summarise(rows, n) if world.golden else None}
+                   "curves": curves, "summary": summarise(rows, n) if world.golden else None}
         write_json(out / "results.json", results)
     print_table(rows, n)
     print_reward_models(records)
     print_samples(first)
-    print()
     try:
         for path in draw_run(rows, records, out):
             print(f"figure  {path}")

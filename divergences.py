@@ -279,7 +279,7 @@ def leave_one_out(returns):
 
 
 def policy_gradient_loss(logp, old, reference, rewards, mask, beta, k, clip=0.0):
-    """-mean_y sum_t A_t log pi(a_t|s_t): its gradient is that of -(E_pi[r] - beta KL(pi || pi_ref)).
+    """-mean_y sum_t A_t log pi(a_t|s_t), whose gradient is that of beta KL(pi || pi_ref) - E_pi[r].
 
     The return-to-go is G_t = sum_{t'>=t} r_t' - beta (log pi - log pi_ref)_t', the KL being part of
     the reward; A_t is G_t less the leave-one-out baseline over the k samples of a prompt, which

@@ -11,7 +11,7 @@ optimum the logit is h* = log d_positives - log d_negatives, and the logit is th
     sft-demo    demonstrations   y ~ pi_SFT   who wrote is nearly all that is left
     preference  preferred        dispreferred  Bradley-Terry: needs labels the others do not get
     log-ratio   -                -            the optimum of init-sft in closed form, no training
-    floored     -                -            the same; a word implausible to pi_0 gains nothing by it
+    floored     -                -            the same, but no gain from what pi_0 finds implausible
 
 Every reward is called with a batch and gives (B,), in nats per sequence for all but `preference`,
 whose unit is the log-odds of being preferred; `token_rewards` gives its terms, (B, T), zero outside
@@ -118,10 +118,10 @@ class TokenExtrapolation(LogRatio):
     """A policy in closed form: pi(a|s) = pi_SFT(a|s) e^(h*(s,a)/beta) / Z(s), sampled as GPT is.
 
     Without a floor it is pi_SFT^(1 + 1/beta) pi_0^(-1/beta), normalised at every token. That is not
-    the sequence-level optimum pi*(y|x) = pi_SFT(y|x) e^(h*(x,y)/beta) / Z(x): this one's conditionals
-    look ahead, pi*(a|s) = pi_SFT(a|s) e^(h*(s,a)/beta) V(s,a)/V(s), with the soft value V(s) =
+    the optimum over sequences, pi*(y|x) = pi_SFT(y|x) e^(h*(x,y)/beta) / Z(x), whose conditionals
+    look ahead: pi*(a|s) = pi_SFT(a|s) e^(h*(s,a)/beta) V(s,a)/V(s), with the soft value V(s) =
     E_SFT[e^(h* still to come / beta) | s]. The two differ by log pi(y|x) = log pi*(y|x) + log Z(x)
-    - sum_t log Z(s_t): they agree where sum_t log Z(s_t) is the same for all y, e.g. at the last step.
+    - sum_t log Z(s_t): they agree where that sum is the same for all y, e.g. at the last step.
     """
     generate, _prefill = GPT.generate, GPT._prefill
 

@@ -49,7 +49,7 @@ def add_flags(parser, Settings):
     for field in dataclasses.fields(Settings):
         name = "--" + field.name.replace("_", "-")
         help = field.metadata["help"].replace("%", "%%")
-        if field.default is not None:
+        if field.default not in (None, ""):
             help += f" (default: {field.default})"
         if isinstance(field.default, bool):
             kind = {"action": argparse.BooleanOptionalAction}
@@ -268,7 +268,8 @@ def optimise_policy(sft, reward, draw, steps, schedule, beta, k, ppo_clip=0.0, d
             take_step(policy, optimizer, loss, schedule.clip, label, step)
         history.append({"step": step, "proxy": rewards.sum(1).mean().item(),
                         "kl_from_sft": (old - reference).sum(1).mean().item(),
-                        "entropy": -old.sum(1).mean().item(), **(watch(policy, pairs) if watch else {})})
+                        "entropy": -old.sum(1).mean().item(),
+                        **(watch(policy, pairs) if watch else {})})
     return policy, history
 
 

@@ -37,6 +37,9 @@ POLICIES = {
     ("harmless", "0"): "--methods po,closed-form,spin,irft,dpo --optimise floored,init-sft",
     ("helpful", "1"): "--methods po,closed-form --optimise floored,init-sft",
 }
+# pi_0 and as little else as afd.py does.
+PI_0 = ("--methods none --rewards log-ratio --n-demos 2 --n-samples 2 --n-prompts 1 "
+        "--n-candidates 1")
 FEW = {"100": "80", "300": "27", "1000": "8"}       # demonstrations: epochs, for as many steps
 NOISE = ("0.2", "0.4")
 
@@ -46,13 +49,13 @@ def all_runs():
     runs = {}
     for seed in SEEDS:
         for task in ("helpful", "harmless"):
-            base = f"{task}-h0.5-s{seed}"
-            for level in sorted(LEVELS, key=lambda level: level != "0.5"):
+            base = f"pi0-{task}-s{seed}"
+            runs[base] = (f"--task {task} --seed {seed} {PI_0}", None)
+            for level in LEVELS:
                 flags = POLICIES.get((task, level), "--methods none --n-candidates 16")
                 runs[f"{task}-h{level}-s{seed}"] = (
-                    f"--task {task} --heterogeneity {level} --seed {seed} {flags}",
-                    None if level == "0.5" else base)
-        base = f"helpful-h0.5-s{seed}"
+                    f"--task {task} --heterogeneity {level} --seed {seed} {flags}", base)
+        base = f"pi0-helpful-s{seed}"
         for level in ("0", "1"):
             runs[f"last-h{level}-s{seed}"] = (
                 f"--head last --heterogeneity {level} --seed {seed} --methods none "
@@ -78,10 +81,11 @@ def run(name, flags, base):
     (ROOT / RUNS).mkdir(parents=True, exist_ok=True)
     command = ["afd.py", *flags.split(), *init, "--out", str(out), "--overwrite"]
     done = ROOT / out / "results.json"
-    if done.exists() and json.loads(done.read_text())["command"] == " ".join(["python", *command]):
+    if done.exists() and json.loads(done.read_text())["command"].startswith(f"python afd.py {flags} "):
         return True
     with open(ROOT / RUNS / f"{name}.log", "w") as log:
-        ended = subprocess.run([sys.executable, *command], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT,
+        ended = subprocess.run([sys.executable, *command], cwd=ROOT, stdout=log,
+                               stderr=subprocess.STDOUT,
                                env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode
     print(f"{name}: {'done' if ended == 0 else f'failed with status {ended}, see its log'}",
           flush=True)
@@ -101,7 +105,7 @@ def collect():
     """One record of all runs: rows (with heterogeneity, head, n_demos, label_noise of their run),
     what the reward models learned, curves of the policies, command and seconds of each run."""
     data = {"runs": {}, "rows": [], "reward_models": [], "curves": []}
-    for name in all_runs():
+    for name in (name for name, (_, base) in all_runs().items() if base):
         path = ROOT / RUNS / name / "results.json"
         if not path.exists():
             print(f"{name}: not there yet")

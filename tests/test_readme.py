@@ -30,7 +30,8 @@ def test_every_setting_has_five_seeds():
     seeds = {}
     for row in DATA["rows"]:
         seeds.setdefault(row["group"], set()).add(row["seed"])
-    assert {name.rpartition("-s")[0] for name in results.all_runs()} == set(seeds)
+    assert {name.rpartition("-s")[0] for name, (_, base) in results.all_runs().items()
+            if base} == set(seeds)
     assert all(len(mine) >= 5 for mine in seeds.values())
 
 

@@ -78,8 +78,8 @@ def interval(records, key, within):
 def print_table(rows, n):
     """The final table, means over seeds: golden reward beside every proxy."""
     over = "seeds" if len({r["seed"] for r in rows}) > 1 else "prompts"
-    print(f"\ngolden reward in points +- 95% over {over}; best-of-N at N = {n}; KLs and entropy in nats;"
-          f"\nrev, fwd: KL from and to the demonstrator")
+    print(f"\ngolden reward in points +- 95% over {over}; best-of-N at N = {n}; KL from pi_SFT, "
+          "rev and\nfwd KL from and to the demonstrator, H entropy: nats")
     columns = (("proxy_mean", "proxy", "7.2f"), ("win_vs_sft", "w/SFT", "6.2f"),
                ("win_vs_demo", "w/demo", "7.2f"), ("kl_from_sft", "KL", "6.1f"),
                ("reverse_kl", "rev", "6.1f"), ("forward_kl", "fwd", "6.1f"),
@@ -124,6 +124,7 @@ def print_samples(samples, count=3):
         for name, said in list(sample.items())[1:]:
             numbers = f"{number(said['golden'], '{:+.1f}')} / {number(said['proxy'], '{:+.1f}')}"
             print(f"    {name:14}{numbers:>14}  {' '.join(said['text'].split())}")
+    print()
 
 
 def by_seed(rows, model, key):
@@ -204,7 +205,7 @@ def mean_curve(points):
 
 def draw_frontier(plt, rows, curves, path):
     """Golden (left) and proxy reward (right) against KL from pi_SFT, nats: best-of-N for N = 1 to
-    64, policy optimisation along its steps (its samples on training prompts) with crosses where it ends
+    64, policy optimisation along its steps (samples on training prompts) with crosses at its end
     (held-out prompts, as all else), and the closed form; means over seeds."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.2))
     for axis, gold, proxy in ((axes[0], "gold_mean", "golden"), (axes[1], "proxy_mean", "proxy")):
@@ -214,7 +215,8 @@ def draw_frontier(plt, rows, curves, path):
                 continue
             points = [(r["seed"], r["n"], r["kl_from_sft"], r[gold]) for r in rows
                       if r["method"] == "bon" and r["reward_model"] == name and r["n"] > 1]
-            axis.plot(*mean_curve(points), "o-", markersize=3, color=color, label=f"best-of-N, {name}")
+            axis.plot(*mean_curve(points), "o-", markersize=3, color=color,
+                      label=f"best-of-N, {name}")
             points = [(c["seed"], c["step"], c["kl_from_sft"], c[proxy]) for c in curves
                       if c["name"] == f"po {name} 0.3"]
             if points:

@@ -10,7 +10,7 @@ rewards, entropy and KLs in nats per sequence.
     reverse_kl    E_pi[log pi - log d_beta]: high if it writes what the demonstrator would not
     forward_kl    E_beta[log d_beta - log pi]: high if it would not write what the demonstrator does
 
-Of a best-of-n selector the density is not known sample by sample, but E[log pi - log pi_SFT] is: see
+Of a best-of-n selector the density is not known sample by sample, but E[log pi - log pi_SFT] is:
 reward.best_of_n_kl. Hence its entropy and reverse KL; where scores tie, a lower and an upper bound.
 Its forward KL would need the density at demonstrations, and its distinct share fresh candidates.
 """
@@ -181,7 +181,7 @@ def inspect_rewards(world, seed, rewards, scores, candidates, device):
                   "corr_length": rank_correlation(mine, candidates.lengths),
                   "marks_worth": None, "human_agreement": None, "human_ci95": None,
                   "human_pairs": len(world.human_pairs)}
-        if world.unmark and not isinstance(reward, LogRatio):    # to a policy that cannot write them: -inf
+        if world.unmark and not isinstance(reward, LogRatio):    # to which they are -inf
             marked, plain = (score(reward, [world.pair(x, strip(y)) for x, y in world.demos[:500]],
                                    device) for strip in (str, world.unmark))
             record["marks_worth"] = float((marked - plain).mean() / mine.std())
@@ -250,9 +250,9 @@ def summarise(rows, n):
 
 
 def pick_samples(truth, scores, n, optimised):
-    """Per held-out prompt, side by side: a sample of pi_0, one of pi_SFT, the pick of n by the first
-    reward model, a sample of the optimised policy if there is one, a demonstration; each with its
-    golden reward, and the candidates with their proxy.
+    """Per held-out prompt, side by side: a sample of pi_0, one of pi_SFT, the pick of n by the
+    first reward model, a sample of the optimised policy if there is one, a demonstration; each with
+    its golden reward, and the candidates with their proxy.
     """
     name, proxy = next(iter(scores.items()))
 
