@@ -30,8 +30,8 @@ import torch
 
 import train
 from divergences import DIVERGENCES, get_divergence
-from model import (GPT, GPTConfig, InputError, encode_documents, sample_responses,
-                   save_pretrained, write_json)
+from model import (GPT, GPTConfig, InputError, claim_folder, encode_documents, load_init,
+                   sample_responses, save_pretrained, write_json)
 from reward import (HEADS, REWARD_MODELS, Adversary, LogRatio, RewardModel, TokenExtrapolation,
                     score)
 from toy_envs.figures import draw_run, print_reward_models, print_samples, print_table
@@ -157,7 +157,7 @@ class Run:
 def pretrain(world, s, run):
     """pi_0: a checkpoint, or a transformer pretrained on the corpus."""
     if s.init:
-        return train.load_init(s.init, world).to(run.device)
+        return load_init(s.init, world).to(run.device)
     tok = world.tokenizer
     torch.manual_seed(run.rng("weights").getrandbits(62))
     init = GPT(GPTConfig(len(tok), world.max_prompt + world.max_response, s.n_embd, s.n_layer,
@@ -186,9 +186,10 @@ def draw_samples(world, s, run, init, sft):
                for x in rng.sample(world.train_prompts, len(world.train_prompts))][:half]
     ids = [world.tokenizer.encode(x) for x in prompts]
     with run.stage("samples", f"3 samples: {2 * half:,} each of pi_0 and pi_SFT"):
-        written = [sample_responses(policy, ids, 2, world.max_response, world.tokenizer.eos,
-                                    run.generator(label), label=label)
-                   for policy, label in ((init, "y ~ pi_0"), (sft, "y ~ pi_SFT"))]
+        written = train.side_by_side(
+            lambda job: sample_responses(job[0], ids, 2, world.max_response, world.tokenizer.eos,
+                                         run.generator(job[1]), label=job[1]),
+            [(init, "y ~ pi_0"), (sft, "y ~ pi_SFT")], run.device)
     return prompts, [[(x, y) for x, ys in zip(ids, part) for y in ys] for part in written]
 
 
@@ -217,17 +218,19 @@ def train_rewards(world, s, run, init, sft, labelled, y_init, y_sft):
             "init-demo": train.pair_up(demos, y_init, rng),
             "sft-demo": train.pair_up(demos, y_sft, rng),
             "preference": train.split(labelled, 0.05, rng)}
+
+    def learn(name):
+        items, held = data[name]
+        loss = train.preference_step if name == "preference" else train.discriminator_step
+        with run.stage(name, f"4 {name}: reward model on {len(items):,} pairs"):
+            return train.train_reward(init, items, held, loss, schedules(s)["reward"],
+                                      run.rng(name), s.head, name)
+
+    names = [name for name in data if name in s.rewards and data[name][0]]  # labels may be missing
     rewards = {}
-    for name, (items, held) in data.items():
-        if name not in s.rewards or not items:       # or nobody labelled any pairs
-            continue
-        kind, loss = (("Bradley-Terry", train.preference_step) if name == "preference"
-                      else ("discriminator", train.discriminator_step))
-        with run.stage(name, f"4 {name}: {kind} on {len(items):,} pairs"):
-            model, history = train.train_reward(init, items, held, loss, schedules(s)["reward"],
-                                                run.rng(name), s.head, name)
+    for name, (model, history) in zip(names, train.side_by_side(learn, names, run.device)):
         run.log(name, history)
-        rewards[name] = (model, held)
+        rewards[name] = (model, data[name][1])
     for name, floor in (("log-ratio", 0.0), ("floored", FLOOR)):
         if name in s.rewards:
             rewards[name] = (LogRatio(sft, init, floor), data["init-sft"][1])
@@ -237,12 +240,11 @@ def train_rewards(world, s, run, init, sft, labelled, y_init, y_sft):
 def best_of_n(s, run, rewards, truth):
     """Scores (P, N) of the candidates by every reward model and by the controls that train nothing;
     their best-of-n for every n goes to the table."""
-    shape, pairs = truth.candidates.lengths.shape, truth.candidates.pairs
-    rng, scores = run.rng("random"), {}
-    with run.stage("best-of-N", f"5 best-of-N: {len(pairs):,} candidates, {len(rewards)} reward "
-                                "models"):
-        for name, (reward, _) in rewards.items():
-            scores[name] = score(reward, pairs, run.device).reshape(shape)
+    shape, pairs, rng = truth.candidates.lengths.shape, truth.candidates.pairs, run.rng("random")
+    with run.stage("best-of-N", f"5 best-of-N: {len(pairs):,} candidates scored"):
+        values = train.side_by_side(lambda name: score(rewards[name][0], pairs, run.device),
+                                    list(rewards), run.device)
+        scores = {name: mine.reshape(shape) for name, mine in zip(rewards, values)}
         scores["length"] = truth.candidates.lengths
         scores["random"] = np.array([rng.random() for _ in pairs]).reshape(shape)
         if truth.candidates.gold is not None:
@@ -256,10 +258,8 @@ def best_of_n(s, run, rewards, truth):
 
 def optimise_policy(world, s, run, sft, truth, reward, plan, beta, label, dense=True):
     """max over pi of E_pi[r] - beta KL(pi || pi_SFT), from pi_SFT; its optimum for a fixed reward
-    and beta > 0 is pi_SFT e^(r/beta) / Z.
-
-    Every step draws s.group samples to each of a batch of prompts. Returns the policy; its history,
-    with the truth that the learner does not see, goes to run.curves.
+    and beta > 0 is pi_SFT e^(r/beta) / Z. Its history, with the truth that the learner does not
+    see, goes to run.curves.
     """
     rng, generator = run.rng(label), run.generator(label)
 
@@ -409,14 +409,14 @@ def run_seed(s, seed, world, out, device):
 
 def main(argv=None):
     """Run every seed, write results.json and the figures, print the table. Returns the results."""
-    s = train.parse_settings(Settings, argv)
+    start, s = time.perf_counter(), train.parse_settings(Settings, argv)
     check(s)
     device = train.choose_device(s.device)
     make_world = file_world if s.demos else text_world
     world = make_world(s, s.seed)       # bad data is refused here, before a file is written
     if s.init:
-        train.load_init(s.init, world)
-    out = train.claim_folder(s.out, s.overwrite)
+        load_init(s.init, world)
+    out = claim_folder(s.out, s.overwrite)
     versions = {"python": platform.python_version(), "torch": torch.__version__,
                 "numpy": np.__version__, "tokenizers": tokenizers.__version__}
     command = " ".join(["python afd.py", *(sys.argv[1:] if argv is None else argv)])
@@ -442,8 +442,7 @@ def main(argv=None):
             print(f"figure  {path}")
     except ImportError as error:        # the numbers are safe; only the pictures need the extra
         print(error)
-    total = sum(sum(stages.values()) for stages in seconds.values())
-    print(f"results {out / 'results.json'}\n{total:.0f} seconds in all stages")
+    print(f"results {out / 'results.json'}\n{time.perf_counter() - start:.0f} seconds")
     return results
 
 

@@ -404,3 +404,27 @@ def load_pretrained(folder):
         raise InputError(f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model only "
                          f"{model.config.vocab_size}")
     return model, tokenizer, raw
+
+
+def load_init(folder, world):
+    """pi_0 from a checkpoint folder. Raises InputError where it does not fit this world."""
+    init, tokenizer, _ = load_pretrained(folder)
+    if tokenizer.backend.get_vocab() != world.tokenizer.backend.get_vocab():
+        raise InputError(f"{folder}: its tokenizer is not that of this data")
+    if init.config.n_positions < world.max_prompt + world.max_response:
+        raise InputError(f"{folder}: {init.config.n_positions} positions are too few")
+    return init
+
+
+def claim_folder(out, overwrite):
+    """Make the run's folder; refuse one that holds another run unless overwrite is set."""
+    out = Path(out)
+    try:
+        if (out / "config.json").exists() and not overwrite:
+            raise InputError(f"{out} holds another run: choose another --out, or --overwrite it")
+        out.mkdir(parents=True, exist_ok=True)
+        (out / ".part").touch()
+        (out / ".part").unlink()
+    except OSError as error:
+        raise InputError(f"{out}: cannot be written ({error.strerror})") from error
+    return out

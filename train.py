@@ -15,6 +15,7 @@ import dataclasses
 import math
 import random
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,10 +23,10 @@ import torch
 from tqdm import tqdm
 
 from divergences import discriminator_loss, policy_gradient_loss
-from model import (GPT, GPTConfig, InputError, bpe_tokenizer, collate, encode_documents,
-                   encode_pair, load_pretrained, logp_token, save_pretrained, write_aside)
-from reward import (HEADS, RewardModel, at_the_end, bradley_terry_loss,
-                    implicit_reward)
+from model import (GPT, GPTConfig, InputError, bpe_tokenizer, claim_folder, collate,
+                   encode_documents, encode_pair, load_pretrained, logp_token, save_pretrained,
+                   write_aside)
+from reward import HEADS, RewardModel, at_the_end, bradley_terry_loss, implicit_reward
 from toy_envs.worlds import read_examples, read_texts
 
 
@@ -304,28 +305,19 @@ def choose_device(name):
         raise InputError(f"no device {name!r} here") from error
 
 
-def load_init(folder, world):
-    """pi_0 from a checkpoint folder. Raises InputError where it does not fit this world."""
-    init, tokenizer, _ = load_pretrained(folder)
-    if tokenizer.backend.get_vocab() != world.tokenizer.backend.get_vocab():
-        raise InputError(f"{folder}: its tokenizer is not that of this data")
-    if init.config.n_positions < world.max_prompt + world.max_response:
-        raise InputError(f"{folder}: {init.config.n_positions} positions are too few")
-    return init
-
-
-def claim_folder(out, overwrite):
-    """Make the run's folder; refuse one that holds another run unless overwrite is set."""
-    out = Path(out)
+def side_by_side(function, jobs, device):
+    """[function(job) for job in jobs]; on a CPU as many at a time as there are cores, each on one:
+    a step of a small model is too short to share out.
+    """
+    cores = torch.get_num_threads()
+    if device.type != "cpu" or cores == 1:
+        return [function(job) for job in jobs]
+    torch.set_num_threads(1)
     try:
-        if (out / "config.json").exists() and not overwrite:
-            raise InputError(f"{out} holds another run: choose another --out, or --overwrite it")
-        out.mkdir(parents=True, exist_ok=True)
-        (out / ".part").touch()
-        (out / ".part").unlink()
-    except OSError as error:
-        raise InputError(f"{out}: cannot be written ({error.strerror})") from error
-    return out
+        with ThreadPoolExecutor(cores) as pool:
+            return list(pool.map(function, jobs))
+    finally:
+        torch.set_num_threads(cores)
 
 
 # ---- stage by stage, from the command line ------------------------------------------------------
