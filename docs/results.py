@@ -233,8 +233,8 @@ def fill(text, made):
     return text
 
 
-def figures(data):
-    plt, folder = pyplot(), ROOT / "docs" / "figures"
+def figures(data, folder):
+    plt = pyplot()
     for group in ("helpful-h0", "helpful-h1"):
         rows = [r for r in data["rows"] if r["group"] == group]
         draw_best_of_n(plt, [r for r in rows if r["method"] in ("init", "sft", "demo", "bon")],
@@ -258,7 +258,7 @@ def main():
     data = collect()
     readme = ROOT / "README.md"
     readme.write_text(fill(readme.read_text(encoding="utf-8"), tables(data)), encoding="utf-8")
-    figures(data)
+    figures(data, ROOT / "docs" / "figures")
     print(f"wrote {COLLECTED}, the README's tables and docs/figures")
 
 

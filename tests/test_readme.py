@@ -35,6 +35,14 @@ def test_every_setting_has_five_seeds():
     assert all(len(mine) >= 5 for mine in seeds.values())
 
 
+def test_figures_are_drawn(tmp_path):
+    results.figures(DATA, tmp_path)
+    names = {"best_of_n_h0.png", "best_of_n_h1.png", "frontier_h0.png", "frontier_h1.png",
+             "heterogeneity_sweep.png"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+    assert names <= {path.name for path in (ROOT / "docs" / "figures").iterdir()}
+
+
 def test_every_run_is_a_command_of_afd():
     """`make results` must not fail an hour in, at a flag that afd.py refuses."""
     for name, (flags, base) in results.all_runs().items():
