@@ -14,7 +14,7 @@ from toy_envs.truth import name_of
 COLORS = {
     # reward models
     "init-sft": "#0072B2", "init-demo": "#E69F00", "sft-demo": "#D55E00",
-    "preference": "#009E73", "log-ratio": "#56B4E9", "floored": "#F0E442",
+    "preference": "#009E73", "log-ratio": "#56B4E9", "floored": "#882255",
     # controls and policies
     "golden": "#000000", "length": "#CC79A7", "random": "#999999",
     "init": "#999999", "sft": "#0072B2", "demo": "#E69F00",
@@ -221,11 +221,11 @@ def draw_frontier(plt, rows, curves, path):
                       if c["name"] == f"po {name} 0.3"]
             if points:
                 axis.plot(*mean_curve(points), "--", color=color, label=f"optimised, {name}")
-            for method, marker, label in (("po", "X", None), ("closed-form", "*", "closed form")):
+            for method, marker, label in (("po", "x", None), ("closed-form", "*", "closed form")):
                 points = [(r["seed"], r["beta"], r["kl_from_sft"], r[gold]) for r in rows
                           if r["method"] == method and r["reward_model"] == name]
                 if points:
-                    axis.plot(*mean_curve(points), marker, markersize=9, color=color,
+                    axis.plot(*mean_curve(points), marker, markersize=7, color=color,
                               label=label and f"{label}, {name}")
         axis.set(xscale="log", xlabel="KL from pi_SFT, nats", xlim=(0.1, None))
     demo = over_seeds([r for r in rows if r["method"] == "demo"], "gold_mean")
