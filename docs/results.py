@@ -168,6 +168,12 @@ SELECTORS = ("init-sft", "init-demo", "sft-demo", "preference", "log-ratio", "fl
 DIFFERENCES = (("init-sft", "sft"), ("init-sft", "demo"), ("init-sft", "init-demo"),
                ("init-demo", "sft-demo"), ("log-ratio", "init-sft"), ("floored", "init-sft"),
                ("floored", "golden"))
+# Goals of policy optimisation and of the comparison with the neighbours; n is best-of-N's.
+GOALS = (("init-sft", 16, "spin", 1), ("init-sft", 16, "irft", 1),
+         ("init-sft", 16, "adversarial reverse_kl", 1), ("init-sft", 16, "dpo", 1),
+         ("po init-sft 0.3", 1, "init-sft", 16), ("po init-sft 0.3", 1, "init-sft", 64),
+         ("po floored 0.3", 1, "init-sft", 64), ("closed-form floored 0.3", 1, "init-sft", 64),
+         ("closed-form floored 0.3", 1, "po floored 0.3", 1))
 COLUMNS = (("golden", "gold_mean", "{:.2f}"), ("win/SFT", "win_vs_sft", "{:.2f}"),
            ("win/demo", "win_vs_demo", "{:.2f}"), ("KL", "kl_from_sft", "{:.1f}"),
            ("entropy", "entropy", "{:.1f}"), ("distinct", "distinct", "{:.2f}"),
@@ -197,8 +203,8 @@ def tables(data):
     settings = {"sum, h = 0": "helpful-h0", "sum, h = 1": "helpful-h1", "last, h = 0": "last-h0",
                 "last, h = 1": "last-h1"}
 
-    def differences(group, a, b):
-        x, y = values(data, group, a), values(data, group, b)
+    def differences(group, a, b, n=16, m=16):
+        x, y = values(data, group, a, n=n), values(data, group, b, n=m)
         return cell(x[k] - y[k] for k in sorted(x.keys() & y.keys()))
     few = {**{n: f"demos{n}" for n in FEW}, "4000": "helpful-h0"}
     noises = {"0": "helpful-h0", **{noise: f"noise{noise}" for noise in NOISE}}
@@ -210,6 +216,10 @@ def tables(data):
         "DIFFS": markdown(["difference, points", *list(settings)[:2]], [
             [f"{a} − {b}", *(differences(group, a, b) for group in ("helpful-h0", "helpful-h1"))]
             for a, b in DIFFERENCES]),
+        "GOALS": markdown(["difference, points", "helpful, h = 0", "harmless, h = 0"], [
+            [" − ".join(f"best of {n}, {name}" if n > 1 else name for name, n in ((a, n), (b, m))),
+             *(differences(group, a, b, n, m) for group in ("helpful-h0", "harmless-h0"))]
+            for a, n, b, m in GOALS]),
         "HELPFUL": methods_table(data, "helpful-h0"),
         "HARMLESS": methods_table(data, "harmless-h0"),
         "HELPFUL1": methods_table(data, "helpful-h1"),

@@ -80,20 +80,21 @@ def print_table(rows, n):
     over = "seeds" if len({r["seed"] for r in rows}) > 1 else "prompts"
     print(f"\ngolden reward in points +- 95% over {over}; best-of-N at N = {n}; KL from pi_SFT, "
           "rev and\nfwd KL from and to the demonstrator, H entropy: nats")
-    columns = (("proxy_mean", "proxy", "7.2f"), ("win_vs_sft", "w/SFT", "6.2f"),
+    columns = (("proxy_mean", "proxy", "6.1f"), ("win_vs_sft", "w/SFT", "6.2f"),
                ("win_vs_demo", "w/demo", "7.2f"), ("kl_from_sft", "KL", "6.1f"),
-               ("reverse_kl", "rev", "6.1f"), ("forward_kl", "fwd", "6.1f"),
-               ("entropy", "H", "6.1f"), ("length_mean", "len", "6.1f"))
-    print(f"{'':27}{'golden':>11}" + "".join(f"{title:>{form[0]}}" for _, title, form in columns))
+               ("reverse_kl", "rev", "5.0f"), ("forward_kl", "fwd", "5.1f"),
+               ("entropy", "H", "5.1f"), ("length_mean", "len", "5.0f"))
+    print(f"{'':24}{'golden':>11}" + "".join(f"{title:>{form[0]}}" for _, title, form in columns))
     names = {"init": "pi_0", "sft": "pi_SFT", "demo": "demonstrations"}
     shown = [r for r in rows if r["n"] == (n if r["method"] == "bon" else 1)]
     for method, name in dict.fromkeys((r["method"], name_of(r)) for r in shown):
         mine = [r for r in shown if (r["method"], name_of(r)) == (method, name)]
         label = names.get(method, f"  {'bon ' if method == 'bon' else ''}{name}")
+        label = label.replace("closed-form", "closed")[:24]
         gold = number(over_seeds(mine, "gold_mean"))
         half = number(interval(mine, "gold_mean", "gold_ci95"))
         cells = [(over_seeds(mine, key), form) for key, _, form in columns]
-        print(f"{label:27}{gold:>5}+-{half:>4}" + "".join(
+        print(f"{label:24}{gold:>5}+-{half:>4}" + "".join(
             f"{number(value, '{:.' + form[2:] + '}'):>{form[0]}}" for value, form in cells))
 
 
