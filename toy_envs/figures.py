@@ -90,7 +90,7 @@ def print_table(rows, n):
     for method, name in dict.fromkeys((r["method"], name_of(r)) for r in shown):
         mine = [r for r in shown if (r["method"], name_of(r)) == (method, name)]
         label = names.get(method, f"  {'bon ' if method == 'bon' else ''}{name}")
-        label = label.replace("closed-form", "closed")[:24]
+        label = label.replace("closed-form", "closed")[:23]
         gold = number(over_seeds(mine, "gold_mean"))
         half = number(interval(mine, "gold_mean", "gold_ci95"))
         cells = [(over_seeds(mine, key), form) for key, _, form in columns]
