@@ -41,7 +41,7 @@ POLICIES = {
 PI_0 = ("--methods none --rewards log-ratio --n-demos 2 --n-samples 2 --n-prompts 1 "
         "--n-candidates 1")
 FEW = {"100": "80", "300": "27", "1000": "8"}       # demonstrations: epochs, for as many steps
-NOISE = ("0.2", "0.4")
+NOISE = ("0.4",)
 
 
 def all_runs():
@@ -107,12 +107,13 @@ def collect():
     data = {"runs": {}, "rows": [], "reward_models": [], "curves": []}
     for name in (name for name, (_, base) in all_runs().items() if base):
         path = ROOT / RUNS / name / "results.json"
-        if not path.exists():
-            print(f"{name}: not there yet")
+        setting = name.rpartition("-s")[0]
+        if not all((ROOT / RUNS / f"{setting}-s{k}" / "results.json").exists() for k in SEEDS):
+            print(f"{name}: left out until all seeds of {setting} are there")
             continue
         results = json.loads(path.read_text(encoding="utf-8"))
         config = results["config"]
-        key = {"group": name.rpartition("-s")[0], "task": config["task"],
+        key = {"group": setting, "task": config["task"],
                "heterogeneity": config["heterogeneity"], "seed": config["seed"]}
         data["runs"][name] = {"command": results["command"], "versions": results["versions"],
                               "seconds": next(iter(results["seconds"].values()))}
@@ -209,7 +210,7 @@ def tables(data):
     few = {**{n: f"demos{n}" for n in FEW}, "4000": "helpful-h0"}
     noises = {"0": "helpful-h0", **{noise: f"noise{noise}" for noise in NOISE}}
     learners = ("sft", "init-sft", "po init-sft 0.3", "floored", "preference")
-    return {
+    made = {
         "SHARES": markdown(["selector", *settings], [
             [name, *(percent(shares(data, group, name)) for group in settings.values())]
             for name in SELECTORS]),
@@ -233,6 +234,9 @@ def tables(data):
             [name, *(cell(values(data, group, name).values()) for group in noises.values())]
             for name in ("preference", "po preference 0.3", "dpo")]),
     }
+    there = {row["group"] for row in data["rows"]}
+    missing = {"DEMOS": set(few.values()) - there, "NOISE": set(noises.values()) - there}
+    return {name: table for name, table in made.items() if not missing.get(name)}
 
 
 def fill(text, made):

@@ -30,8 +30,8 @@ def test_every_setting_has_five_seeds():
     seeds = {}
     for row in DATA["rows"]:
         seeds.setdefault(row["group"], set()).add(row["seed"])
-    assert {name.rpartition("-s")[0] for name, (_, base) in results.all_runs().items()
-            if base} == set(seeds)
+    known = {name.rpartition("-s")[0] for name in results.all_runs()}
+    assert {"helpful-h0", "helpful-h1", "harmless-h0", "harmless-h1", "last-h0"} <= set(seeds) <= known
     assert all(len(mine) >= 5 for mine in seeds.values())
 
 
