@@ -11,7 +11,7 @@
 
 Source: Sun and van der Schaar, "Inverse-RLignment", arXiv:2405.15624. Differs from the paper: the
 reward head is summed over tokens (--head last is the common one), policies are small and the golden
-reward is known. Golden reward in points; proxy rewards and KL in nats.
+reward is known. In code `init` is pi_0, `sft` pi_SFT. Golden in points; proxies and KL in nats.
 """
 
 import copy
@@ -96,13 +96,13 @@ class Settings:
     sft_epochs: float = setting(2.0, "passes over the demonstrations")
     reward_epochs: float = setting(1.0, "passes over the reward models' pairs")
     policy_steps: int = setting(100, "po, adversarial: policy-gradient steps")
-    group: int = setting(4, "po, adversarial: samples of one prompt, whose baseline is the others")
+    group: int = setting(4, "po, adversarial: samples a prompt; each one's baseline is the others")
     dense: bool = setting(True, "po: reward each token where it is earned, not all at the last")
     ppo_clip: float = setting(0.0, "po, adversarial: PPO's clip, with four steps a batch (0: off)")
-    label_smoothing: float = setting(0.0, "adversarial: one-sided, of the demonstrations' labels")
+    label_smoothing: float = setting(0.0, "adversarial: demonstrations get label 1 - this")
     reward_clip: float = setting(10.0, "adversarial: largest absolute reward")
     keep_old: bool = setting(True, "adversarial: half of the negatives are samples of old policies")
-    pair_beta: float = setting(0.1, "spin, irft, dpo: beta of the implicit reward")
+    pair_beta: float = setting(0.1, "spin, irft, dpo: beta of the reward beta log pi/pi_ref")
     rounds: int = setting(3, "irft: rounds; its opponent and samples are renewed in each")
 
 
@@ -281,7 +281,7 @@ def optimise_policy(world, s, run, sft, truth, reward, plan, beta, label, dense=
 
 
 def fit_pairs(s, run, reference, items, label):
-    """The policy of train.fit_pairs: DPO on labelled pairs."""
+    """train.fit_pairs with this run's settings: DPO, or one round of SPIN and IRFT."""
     policy, history = train.fit_pairs(reference, items, s.pair_beta, schedules(s)["pairs"],
                                       run.rng("pairs"), label)
     run.log(label, history)

@@ -81,7 +81,8 @@ def run(name, flags, base):
     (ROOT / RUNS).mkdir(parents=True, exist_ok=True)
     command = ["afd.py", *flags.split(), *init, "--out", str(out), "--overwrite"]
     done = ROOT / out / "results.json"
-    if done.exists() and json.loads(done.read_text())["command"].startswith(f"python afd.py {flags} "):
+    mine = f"python afd.py {flags} "
+    if done.exists() and json.loads(done.read_text())["command"].startswith(mine):
         return True
     with open(ROOT / RUNS / f"{name}.log", "w") as log:
         ended = subprocess.run([sys.executable, *command], cwd=ROOT, stdout=log,

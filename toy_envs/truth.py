@@ -1,5 +1,6 @@
 """The truth beside every number: what the golden reward and the demonstrator's density say of a
-writer, which no learner ever sees. Rows of results.json are made here.
+writer. No method that learns from demonstrations alone sees either; `preference` and DPO get labels
+made from golden, unless the data has people's. Rows of results.json are made here.
 
 Shapes: P held-out prompts, M responses to each. Golden reward in points per response; proxy
 rewards, entropy and KLs in nats per sequence.
