@@ -31,7 +31,7 @@ import torch
 import train
 from divergences import DIVERGENCES, get_divergence
 from model import (GPT, GPTConfig, InputError, claim_folder, encode_documents, load_init,
-                   sample_responses, save_pretrained, write_json)
+                   save_pretrained, write_json)
 from reward import (HEADS, REWARD_MODELS, Adversary, LogRatio, RewardModel, TokenExtrapolation,
                     score)
 from toy_envs.figures import draw_run, print_reward_models, print_samples, print_table
@@ -187,8 +187,7 @@ def draw_samples(world, s, run, init, sft):
     ids = [world.tokenizer.encode(x) for x in prompts]
     with run.stage("samples", f"3 samples: {2 * half:,} each of pi_0 and pi_SFT"):
         written = train.side_by_side(
-            lambda job: sample_responses(job[0], ids, 2, world.max_response, world.tokenizer.eos,
-                                         run.generator(job[1]), label=job[1]),
+            lambda job: world.sample(job[0], ids, 2, run.generator(job[1]), job[1]),
             [(init, "y ~ pi_0"), (sft, "y ~ pi_SFT")], run.device)
     return prompts, [[(x, y) for x, ys in zip(ids, part) for y in ys] for part in written]
 
@@ -256,7 +255,7 @@ def best_of_n(s, run, rewards, truth):
 
 # ---- beyond best-of-N: the policy itself moves ---------------------------------------------------
 
-def optimise_policy(world, s, run, sft, truth, reward, plan, beta, label, dense=True):
+def optimise_policy(world, s, run, sft, truth, reward, plan, beta, label):
     """max over pi of E_pi[r] - beta KL(pi || pi_SFT), from pi_SFT; its optimum for a fixed reward
     and beta > 0 is pi_SFT e^(r/beta) / Z. Its history, with the truth that the learner does not
     see, goes to run.curves.
@@ -266,13 +265,12 @@ def optimise_policy(world, s, run, sft, truth, reward, plan, beta, label, dense=
     def draw(policy):
         ids = [world.tokenizer.encode(x)
                for x in rng.choices(world.train_prompts, k=plan.batch_size)]
-        written = sample_responses(policy, ids, s.group, world.max_response, world.tokenizer.eos,
-                                   generator)
+        written = world.sample(policy, ids, s.group, generator)
         return [(x, y) for x, ys in zip(ids, written) for y in ys]
 
     with run.stage(label, f"6 {label}: {s.policy_steps} policy-gradient steps"):
         policy, history = train.optimise_policy(sft, reward, draw, s.policy_steps, plan, beta,
-                                                s.group, s.ppo_clip, dense, label, truth.watch)
+                                                s.group, s.ppo_clip, s.dense, label, truth.watch)
     run.seconds[label] = round(run.seconds[label] - truth.watching, 2)      # the method's own time
     truth.watching = 0.0
     run.log(label, history)
@@ -293,8 +291,7 @@ def self_play(world, s, run, sft, demos, rounds, label):
     renews the opponent and its samples in every round."""
     policy = sft
     for i in range(rounds):
-        own = sample_responses(policy, [x for x, _ in demos], 1, world.max_response,
-                               world.tokenizer.eos, run.generator(f"self-play {i}"), label=label)
+        own = world.sample(policy, [x for x, _ in demos], 1, run.generator(f"self-play {i}"), label)
         items = [(pair, (pair[0], ys[0])) for pair, ys in zip(demos, own)]
         policy = fit_pairs(s, run, policy, items, f"{label} {i + 1}")
     return policy
@@ -308,7 +305,7 @@ def run_methods(world, s, run, init, sft, rewards, labelled, truth):
             for beta in s.betas if i == 0 else s.betas[:1]:     # all of them for the first model
                 label = f"po {model} {beta:g}"
                 policy = optimise_policy(world, s, run, sft, truth, rewards[model][0],
-                                         plan["po"], beta, label, s.dense)
+                                         plan["po"], beta, label)
                 responses = truth.add_policy("po", policy, rewards[model][0], reward_model=model,
                                              beta=beta, seconds=run.seconds[label])
                 first = first or responses
@@ -324,7 +321,7 @@ def run_methods(world, s, run, init, sft, rewards, labelled, truth):
                                   run.rng(f"judge {name}"), s.label_smoothing, s.reward_clip,
                                   s.keep_old)
             policy = optimise_policy(world, s, run, sft, truth, adversary, plan["adversarial"],
-                                     0.0, label, dense=False)
+                                     0.0, label)
             truth.add_policy("adversarial", policy, adversary, reward_model=name,
                              seconds=run.seconds[label])
     pair_methods = {"spin": lambda: self_play(world, s, run, sft, demos, 1, "spin"),

@@ -143,10 +143,8 @@ def fit(model, items, loss_fn, schedule, rng, label="fit", held_out=None):
     bar = tqdm(range(steps), desc=label, unit="step", disable=None, leave=False)
     for step in bar:
         queue = queue or length_batches(items, schedule.batch_size, rng)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(schedule, step, steps)
         loss = loss_fn(model, queue.pop())
-        take_step(model, optimizer, loss, schedule.clip, label, step)
+        take_step(model, optimizer, loss, schedule, step, steps, label)
         history.append({"step": step, "loss": loss.item()})
         if held_out and step in looks:
             history[-1]["held_out"] = now = mean_loss(model, held_out, loss_fn, schedule.batch_size)
@@ -158,13 +156,17 @@ def fit(model, items, loss_fn, schedule, rng, label="fit", held_out=None):
     return history
 
 
-def take_step(model, optimizer, loss, clip, label, step):
-    """One step down the loss, its gradient clipped. Raises InputError if the loss is not finite."""
+def take_step(model, optimizer, loss, schedule, step, steps, label):
+    """Step number `step` of `steps` down the loss, at the schedule's rate, the gradient clipped.
+    Raises InputError if the loss is not finite.
+    """
     if not math.isfinite(loss.item()):
         raise InputError(f"{label}: the loss is {loss.item()} at step {step}; a lower learning "
                          "rate may help")
     loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), schedule.clip)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(schedule, step, steps)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
@@ -258,15 +260,13 @@ def optimise_policy(sft, reward, draw, steps, schedule, beta, k, ppo_clip=0.0, d
             rewards, reference = reward.token_rewards(batch), logp_token(sft, batch)
             if not dense:
                 rewards = at_the_end(rewards.sum(1), batch)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(schedule, step, steps)
         old = None
         for _ in range(4 if ppo_clip else 1):
             logp = logp_token(policy, batch)
             old = logp.detach() if old is None else old
             loss = policy_gradient_loss(logp, old, reference, rewards, batch.response_mask(), beta,
                                         k, ppo_clip)
-            take_step(policy, optimizer, loss, schedule.clip, label, step)
+            take_step(policy, optimizer, loss, schedule, step, steps, label)
         history.append({"step": step, "proxy": rewards.sum(1).mean().item(),
                         "kl_from_sft": (old - reference).sum(1).mean().item(),
                         "entropy": -old.sum(1).mean().item(),

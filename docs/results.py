@@ -24,7 +24,7 @@ from model import write_json                                            # noqa: 
 from reward import mean_ci                                              # noqa: E402
 from toy_envs.figures import (draw_best_of_n, draw_frontier, draw_heterogeneity,   # noqa: E402
                               pyplot)
-from toy_envs.truth import name_of                                      # noqa: E402
+from toy_envs.truth import WRITERS, name_of, summarise                  # noqa: E402
 
 RUNS = Path("out") / "results"
 COLLECTED = ROOT / "docs" / "results.json"
@@ -103,8 +103,8 @@ def short(value):
 
 
 def collect():
-    """One record of all runs: rows (with heterogeneity, head, n_demos, label_noise of their run),
-    what the reward models learned, curves of the policies, command and seconds of each run."""
+    """One record of all runs: rows, what the reward models learned and curves of the policies, each
+    with the group (setting), task, heterogeneity and seed of its run; command and seconds of each."""
     data = {"runs": {}, "rows": [], "reward_models": [], "curves": []}
     for name in (name for name, (_, base) in all_runs().items() if base):
         path = ROOT / RUNS / name / "results.json"
@@ -139,10 +139,12 @@ def values(data, group, name, column="gold_mean", n=16):
             and r[column] is not None}
 
 
-def shares(data, group, name):
-    """Golden gain over pi_SFT as a share of the golden selector's, at n = 16, one number a seed."""
-    mine, sft, best = (values(data, group, who) for who in (name, "sft", "golden"))
-    return [(mine[k] - sft[k]) / (best[k] - sft[k]) for k in sorted(mine)]
+def shares(data, group):
+    """{name: (mean, half-width)} of the share of the golden selector's gain at n = 16, over seeds;
+    nothing where the setting has not been run."""
+    rows = [r for r in data["rows"] if r["group"] == group]
+    methods = summarise(rows, 16)["methods"]
+    return {name: method["share_of_golden_gain"] for name, method in methods.items()}
 
 
 def cell(numbers, form="{:.2f}"):
@@ -154,8 +156,8 @@ def cell(numbers, form="{:.2f}"):
     return form.format(mean) + ("" if math.isnan(half) else " ± " + form.format(half))
 
 
-def percent(numbers):
-    return cell([100 * x for x in numbers], "{:.0f}%")
+def percent(share):
+    return "–" if share is None else " ± ".join(f"{100 * x:.0f}%" for x in share)
 
 
 def markdown(header, rows):
@@ -191,8 +193,7 @@ def methods_table(data, group):
         bon = any(r["method"] == "bon" for r in data["rows"]
                   if r["group"] == group and name_of(r) == name)
         for n in ((16, 64) if bon and name not in ("length", "random") else (16,)):
-            label = f"best of {n}, {name}" if bon else {
-                "init": "pi_0", "sft": "pi_SFT", "demo": "demonstrations"}.get(name, name)
+            label = f"best of {n}, {name}" if bon else WRITERS.get(name, name)
             cells = [values(data, group, name, column, n).values() for _, column, _ in COLUMNS]
             rows.append([label, cell(cells[0]), *(
                 form.format(sum(c) / len(c)) if c else "–"
@@ -213,7 +214,7 @@ def tables(data):
     learners = ("sft", "init-sft", "po init-sft 0.3", "floored", "preference")
     made = {
         "SHARES": markdown(["selector", *settings], [
-            [name, *(percent(shares(data, group, name)) for group in settings.values())]
+            [name, *(percent(shares(data, group).get(name)) for group in settings.values())]
             for name in SELECTORS]),
         "DIFFS": markdown(["difference, points", *list(settings)[:2]], [
             [f"{a} − {b}", *(differences(group, a, b) for group in ("helpful-h0", "helpful-h1"))]
@@ -226,7 +227,7 @@ def tables(data):
         "HARMLESS": methods_table(data, "harmless-h0"),
         "HELPFUL1": methods_table(data, "helpful-h1"),
         **{f"HETEROGENEITY {task}": markdown(["selector", *(f"h = {h}" for h in LEVELS)], [
-            [name, *(percent(shares(data, f"{task}-h{h}", name)) for h in LEVELS)]
+            [name, *(percent(shares(data, f"{task}-h{h}").get(name)) for h in LEVELS)]
             for name in SELECTORS[:6]]) for task in ("helpful", "harmless")},
         "DEMOS": markdown(["golden reward", *few], [
             [name, *(cell(values(data, group, name).values()) for group in few.values())]
@@ -252,13 +253,13 @@ def figures(data, folder):
     plt = pyplot()
     for group in ("helpful-h0", "helpful-h1"):
         rows = [r for r in data["rows"] if r["group"] == group]
-        draw_best_of_n(plt, [r for r in rows if r["method"] in ("init", "sft", "demo", "bon")],
-                       folder / f"best_of_n_h{group[-1]}.png")
+        draw_best_of_n(plt, rows, folder / f"best_of_n_h{group[-1]}.png")
         curves = [c for c in data["curves"] if c["group"] == group and c["name"][:3] == "po "]
         draw_frontier(plt, rows, curves, folder / f"frontier_h{group[-1]}.png")
-    draw_heterogeneity(plt, {(task, name, float(h)): shares(data, f"{task}-h{h}", name)
-                             for task in ("helpful", "harmless") for name in SELECTORS[:6]
-                             for h in LEVELS}, folder / "heterogeneity_sweep.png")
+    draw_heterogeneity(plt, {(task, name, float(h)): share
+                             for task in ("helpful", "harmless") for h in LEVELS
+                             for name, share in shares(data, f"{task}-h{h}").items()
+                             if name in SELECTORS[:6]}, folder / "heterogeneity_sweep.png")
 
 
 def main():

@@ -332,7 +332,9 @@ def minimise(parameters, loss_fn, steps=300):
 
 def play(folder, rounds, label, demos):
     """afd.self_play from SFT on demonstrations; returns the policy and the losses by stage."""
-    world = types.SimpleNamespace(max_response=LONGEST, tokenizer=types.SimpleNamespace(eos=EOS))
+    def sample(policy, ids, n, generator, label=None):
+        return sample_responses(policy, ids, n, LONGEST, EOS, generator)
+    world = types.SimpleNamespace(sample=sample)
     folder.mkdir()
     run, s = afd.Run(folder, 0, "cpu"), types.SimpleNamespace(
         **{**vars(afd.Settings()), "pretrain_epochs": 1.0})

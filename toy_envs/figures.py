@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from reward import CONTROLS, mean_ci
-from toy_envs.truth import name_of
+from toy_envs.truth import WRITERS, name_of
 
 COLORS = {
     # reward models
@@ -85,11 +85,10 @@ def print_table(rows, n):
                ("reverse_kl", "rev", "5.0f"), ("forward_kl", "fwd", "5.1f"),
                ("entropy", "H", "5.1f"), ("length_mean", "len", "5.0f"))
     print(f"{'':24}{'golden':>11}" + "".join(f"{title:>{form[0]}}" for _, title, form in columns))
-    names = {"init": "pi_0", "sft": "pi_SFT", "demo": "demonstrations"}
     shown = [r for r in rows if r["n"] == (n if r["method"] == "bon" else 1)]
     for method, name in dict.fromkeys((r["method"], name_of(r)) for r in shown):
         mine = [r for r in shown if (r["method"], name_of(r)) == (method, name)]
-        label = names.get(method, f"  {'bon ' if method == 'bon' else ''}{name}")
+        label = WRITERS.get(method, f"  {'bon ' if method == 'bon' else ''}{name}")
         label = label.replace("closed-form", "closed")[:23]
         gold = number(over_seeds(mine, "gold_mean"))
         half = number(interval(mine, "gold_mean", "gold_ci95"))
@@ -139,8 +138,7 @@ def by_seed(rows, model, key):
 def draw_run(rows, records, out):
     """best_of_n.png and reward_models.png of one run; returns their paths."""
     plt = pyplot()
-    selected = [r for r in rows if r["method"] in ("init", "sft", "demo", "bon")]
-    paths = [draw_best_of_n(plt, selected, Path(out) / "best_of_n.png")]
+    paths = [draw_best_of_n(plt, rows, Path(out) / "best_of_n.png")]
     if records and records[0]["corr_golden"] is not None:
         paths.append(draw_reward_models(plt, records, out))
     return paths
@@ -149,8 +147,9 @@ def draw_run(rows, records, out):
 def draw_best_of_n(plt, rows, path):
     """Golden reward against N beside the proxy's own view of it, one line a selector."""
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.8))
-    models = list(dict.fromkeys(r["reward_model"] for r in rows if r["reward_model"]))
     demo = over_seeds([r for r in rows if r["method"] == "demo"], "gold_mean")
+    rows = [r for r in rows if r["method"] == "bon"]
+    models = list(dict.fromkeys(r["reward_model"] for r in rows))
     for model in models:
         style = {"color": COLORS[model], "label": model,
                  "linestyle": "--" if model in CONTROLS else "-"}
@@ -239,13 +238,12 @@ def draw_frontier(plt, rows, curves, path):
 
 def draw_heterogeneity(plt, shares, path):
     """Share of the golden selector's gain against heterogeneity, one panel a task, from
-    {(task, reward model, h): one number a seed}."""
+    {(task, reward model, h): (mean, half-width)}."""
     tasks = list(dict.fromkeys(task for task, _, _ in shares))
     figure, axes = plt.subplots(1, len(tasks), figsize=(9.5, 3.8), sharey=True)
     for axis, task in zip(axes, tasks):
         for name in dict.fromkeys(name for _, name, _ in shares):
-            points = [(h, *mean_ci(numbers)) for (t, n, h), numbers in shares.items()
-                      if (t, n) == (task, name) and numbers]
+            points = [(h, *share) for (t, n, h), share in shares.items() if (t, n) == (task, name)]
             if points:
                 h, mean, half = np.array(points).T
                 axis.errorbar(h, 100 * mean, 100 * np.nan_to_num(half), marker="o", markersize=3,

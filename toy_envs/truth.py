@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from model import logp_seq, sample_responses
+from model import logp_seq
 from reward import (LogRatio, best_of_n_kl, best_of_n_weights, calibration, mean_ci,
                     rank_correlation, score, win_rate)
 
@@ -55,8 +55,7 @@ def read(world, rows):
 def write(world, policy, n, generator, label):
     """Responses of a policy: n samples to each held-out prompt."""
     ids = [world.tokenizer.encode(x) for x in world.test_prompts]
-    return read(world, sample_responses(policy, ids, n, world.max_response, world.tokenizer.eos,
-                                        generator, label=label))
+    return read(world, world.sample(policy, ids, n, generator, label))
 
 
 class Truth:
@@ -76,25 +75,23 @@ class Truth:
         self.unmarked = demonstrations(world.unmark) if world.unmark else self.demo
         self.candidates = write(world, sft, n_candidates, generator("candidates"), "candidates")
         self.rival = write(world, sft, SAMPLES, generator("rivals"), "rivals")  # not to pick from
-        self.sft_logp = self.logp(sft, self.candidates)
+        self.sft_logp = self.logp(sft, self.candidates.pairs).reshape(self.candidates.lengths.shape)
         self.init = self.add_policy("init", init)
         self.add_row("sft", self.candidates, logp=self.sft_logp, kl_from_sft=0.0,
                      forward_kl=self.forward_kl(sft))
         self.add_row("demo", self.demo, logp=self.demo.density,
                      forward_kl=None if self.demo.density is None else 0.0)
 
-    def logp(self, policy, responses):
-        """log pi(y|x), (P, M)."""
-        values = score(lambda batch: logp_seq(policy, batch), responses.pairs, self.device)
-        return values.reshape(responses.lengths.shape)
+    def logp(self, policy, pairs):
+        """log pi(y|x) of each pair."""
+        return score(lambda batch: logp_seq(policy, batch), pairs, self.device)
 
     def forward_kl(self, policy, every=1):
         """E_beta[log d_beta - log pi] over held-out demonstrations without their marks, one in
         `every` of them; None where the demonstrator's density is unknown."""
         if self.unmarked.density is None:
             return None
-        logp = score(lambda batch: logp_seq(policy, batch), self.unmarked.pairs[::every],
-                     self.device)
+        logp = self.logp(policy, self.unmarked.pairs[::every])
         return float((self.unmarked.density.ravel()[::every] - logp).mean())
 
     def watch(self, policy, pairs):
@@ -140,12 +137,13 @@ class Truth:
         """A row of a policy from fresh samples; reward: the proxy it was optimised for, if any."""
         label = " ".join([method, *(str(value) for value in columns.values())])
         responses = write(self.world, policy, SAMPLES, self.generator(label), method)
-        logp = self.logp(policy, responses)
+        logp = self.logp(policy, responses.pairs)
         proxy = None
         if reward is not None:
             proxy = float(score(reward, responses.pairs, self.device).mean())
-        self.add_row(method, responses, logp=logp, proxy_mean=proxy,
-                     kl_from_sft=float((logp - self.logp(self.sft, responses)).mean()),
+        self.add_row(method, responses, logp=logp.reshape(responses.lengths.shape),
+                     proxy_mean=proxy,
+                     kl_from_sft=float((logp - self.logp(self.sft, responses.pairs)).mean()),
                      forward_kl=self.forward_kl(policy), seconds=seconds, **columns)
         return responses
 
@@ -216,6 +214,9 @@ def held_out_quality(reward, items, name, device):
 COMPARISONS = (("init-sft", "sft"), ("init-sft", "demo"), ("init-sft", "init-demo"),
                ("init-demo", "sft-demo"), ("log-ratio", "init-sft"), ("floored", "log-ratio"),
                ("floored", "init-sft"))
+
+
+WRITERS = {"init": "pi_0", "sft": "pi_SFT", "demo": "demonstrations"}   # that no reward chose
 
 
 def name_of(row):

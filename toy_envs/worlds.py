@@ -13,7 +13,7 @@ import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from model import InputError, bpe_tokenizer, encode_pair, word_tokenizer
+from model import InputError, bpe_tokenizer, encode_pair, sample_responses, word_tokenizer
 from toy_envs.text_tasks import MAX_WORDS, TextTask
 
 
@@ -158,6 +158,11 @@ class World:
 
     def pair(self, prompt, response):
         return encode_pair(self.tokenizer, prompt, response, self.max_prompt, self.max_response)
+
+    def sample(self, policy, ids, n, generator, label=None):
+        """n responses of a policy to each prompt, ids[prompt]: [prompt][response] ids."""
+        return sample_responses(policy, ids, n, self.max_response, self.tokenizer.eos, generator,
+                                label=label)
 
     def text(self, ids):
         return self.tokenizer.decode(ids)
