@@ -126,7 +126,8 @@ class GPT(nn.Module):
 
         prompts (B, T) token ids padded on the right, lengths (B,) their lengths (all T if None).
         A response ends with eos, which is part of it, or after max_new_tokens. Each prompt is
-        encoded once for its n candidates; finished rows leave the batch.
+        encoded once for its n candidates; rows that have ended leave the batch, a quarter of it at
+        a time.
         Returns tokens (B*n, max_new_tokens), filled up with pad, and lengths (B*n,); the candidates
         of a prompt stand together. Raises ValueError if a response might outgrow n_positions.
         """
@@ -138,38 +139,39 @@ class GPT(nn.Module):
         if shortest < 1 or longest + max_new_tokens > self.config.n_positions:
             raise ValueError(f"prompts of {shortest} to {longest} tokens and {max_new_tokens} new "
                              f"ones do not fit {self.config.n_positions} positions")
-        hidden, caches, real = self._prefill(prompts, lengths, max_new_tokens)
+        hidden, caches, mask = self._prefill(prompts, lengths, max_new_tokens)
         rows = torch.arange(B, device=device).repeat_interleave(n)
         for cache in caches:
             cache.select(rows)
-        hidden, real, position = hidden[rows], real[rows], lengths[rows]
+        hidden, mask, position = hidden[rows], mask[rows], lengths[rows]
         tokens = torch.full((B * n, max_new_tokens), pad, dtype=torch.long, device=device)
         done = torch.full((B * n,), max_new_tokens, device=device)
         alive = torch.arange(B * n, device=device)      # output row of each row still in the batch
+        uniform = torch.rand(max_new_tokens, B * n, generator=generator, device=device)
         for t in range(max_new_tokens):
-            drawn = sample_logits(self.logits(hidden), generator)
+            drawn = sample_logits(self.logits(hidden), uniform[t, alive])
             tokens[alive, t] = drawn
             if eos is not None:
-                ended = drawn == eos
-                done[alive[ended]] = t + 1
-                if bool(ended.any()):
-                    keep = (~ended).nonzero().squeeze(1)
-                    alive, drawn = alive[keep], drawn[keep]
-                    real, position = real[keep], position[keep]
-                    for cache in caches:
-                        cache.select(keep)
-            if len(alive) == 0 or t + 1 == max_new_tokens:
+                ended = alive[drawn == eos]
+                done[ended] = done[ended].clamp(max=t + 1)
+            running = (done[alive] > t + 1).nonzero().squeeze(1)
+            if len(running) == 0:
                 break
-            real = F.pad(real, (0, 1), value=True)
-            mask = real[:, None, None]                      # (B, 1, 1, slots)
-            hidden = self.hidden(drawn[:, None], position[:, None], caches, mask)[:, 0]
+            if len(running) <= 0.75 * len(alive):   # dropping rows copies the caches: not each time
+                alive, drawn, mask, position = (x[running] for x in (alive, drawn, mask, position))
+                for cache in caches:
+                    cache.select(running)
+            hidden = self.hidden(drawn[:, None], position[:, None], caches,
+                                 mask[..., :caches[0].used + 1])[:, 0]
             position = position + 1
-        return tokens, done
+        slot = torch.arange(max_new_tokens, device=device)
+        return tokens.masked_fill_(slot >= done[:, None], pad), done
 
     def _prefill(self, prompts, lengths, max_new_tokens):
         """Encode the prompts, moved to the right edge so that all rows write the same cache slot.
 
-        Returns the last hidden states (B, D), the caches and which slots are real, (B, T) bool.
+        Returns the last hidden states (B, D), the caches and what a later query adds to its scores
+        of the T + max_new_tokens slots, (B, 1, 1, slots): -inf at padding, else 0.
         """
         T = int(lengths.max())
         slot = torch.arange(T, device=prompts.device)
@@ -180,7 +182,8 @@ class GPT(nn.Module):
         mask = (causal & real[:, None, :]) | torch.eye(T, dtype=torch.bool, device=prompts.device)
         caches = [KVCache(T + max_new_tokens) for _ in self.h]
         hidden = self.hidden(prompts.gather(1, positions), positions, caches, mask[:, None])
-        return hidden[:, -1], caches, real
+        later = hidden.new_zeros(len(prompts), T).masked_fill(~real, -math.inf)
+        return hidden[:, -1], caches, F.pad(later, (0, max_new_tokens))[:, None, None]
 
 
 @torch.inference_mode()
@@ -219,14 +222,12 @@ class KVCache:
         self.k, self.v = self.k[rows], self.v[rows]
 
 
-def sample_logits(logits, generator=None):
-    """One token per row, (B,), drawn from softmax(logits), (B, V), by inverting the cumulative sum.
-
-    One uniform per row; a token of probability zero is never drawn.
+def sample_logits(logits, uniform):
+    """One token per row, (B,), drawn from softmax(logits), (B, V), by inverting the cumulative sum
+    at uniform (B,) in [0, 1); a token of probability zero is never drawn.
     """
     cumulative = logits.softmax(-1).cumsum(-1)
-    # u in (0, 1]: u = 0 would pick a first token of probability zero
-    u = 1 - torch.rand(len(logits), 1, generator=generator, device=logits.device)
+    u = 1 - uniform[:, None]        # in (0, 1]: 0 would pick a first token of probability zero
     return torch.searchsorted(cumulative, u * cumulative[:, -1:]).squeeze(1)
 
 

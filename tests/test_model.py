@@ -53,15 +53,14 @@ def recomputed(model, ids):
 def reference_sample(model, prompts, max_new_tokens, n, eos, generator):
     """The sampler to compare with: recompute everything, one row at a time, invert by counting.
 
-    It takes its uniforms as generate does, one per row still running, in the rows' order.
+    It takes its uniforms as generate does: one per step and row, whether or not the row has ended.
     """
     rows = [(list(prompt), []) for prompt in prompts for _ in range(n)]
-    for _ in range(max_new_tokens):
-        alive = [row for row in rows if row[1][-1:] != [eos]]
-        uniforms = 1 - torch.rand(len(alive), 1, generator=generator)
-        for (prompt, response), u in zip(alive, uniforms.flatten().tolist()):
-            bounds = recomputed(model, prompt + response).softmax(-1).cumsum(-1).tolist()
-            response.append(sum(bound < u * bounds[-1] for bound in bounds))
+    for uniforms in 1 - torch.rand(max_new_tokens, len(rows), generator=generator):
+        for (prompt, response), u in zip(rows, uniforms.tolist()):
+            if response[-1:] != [eos]:
+                bounds = recomputed(model, prompt + response).softmax(-1).cumsum(-1).tolist()
+                response.append(sum(bound < u * bounds[-1] for bound in bounds))
     return [response for _, response in rows]
 
 
@@ -390,27 +389,24 @@ def test_sample_responses_keeps_prompts_and_candidates_together(rows):
 
 # ---- one draw -----------------------------------------------------------------------------------
 
-def draw_at(u, logits, monkeypatch):
-    """The tokens that sample_logits draws from one row of logits at these uniforms."""
-    fake = types.SimpleNamespace(rand=lambda rows, one, **_: 1 - u[:, None],
-                                 searchsorted=torch.searchsorted)
-    with monkeypatch.context() as patch:
-        patch.setattr(m, "torch", fake)
-        return sample_logits(logits.expand(len(u), -1)).tolist()
+def draw_at(u, logits):
+    """The tokens that sample_logits draws from one row of logits at u, what the uniforms leave to
+    one: u in (0, 1]."""
+    return sample_logits(logits.expand(len(u), -1), 1 - u).tolist()
 
 
-def test_sample_logits_inverts_the_cumulative_sum(monkeypatch):
+def test_sample_logits_inverts_the_cumulative_sum():
     """A failure means that some token is drawn more or less often than its probability. Uniforms
     1e-9 below and above each bound, tokens of probability zero first, last and between."""
     p = torch.tensor([0, 0.1, 0, 0.25, 0.05, 0, 0.6, 0], dtype=torch.float64)
     bounds = [(0.1, 1, 3), (0.35, 3, 4), (0.4, 4, 6)]
     u = torch.tensor([b + e for b, _, _ in bounds for e in (-1e-9, 1e-9)], dtype=torch.float64)
-    assert draw_at(u, p.log(), monkeypatch) == [1, 3, 3, 4, 4, 6]
-    assert draw_at(u, p.log() + 50, monkeypatch) == [1, 3, 3, 4, 4, 6]
+    assert draw_at(u, p.log()) == [1, 3, 3, 4, 4, 6]
+    assert draw_at(u, p.log() + 50) == [1, 3, 3, 4, 4, 6]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_sample_logits_never_draws_probability_zero(dtype, monkeypatch):
+def test_sample_logits_never_draws_probability_zero(dtype):
     """A failure means that at the ends of the unit interval, where the cumulative sum's rounding
     shows, a forbidden token or one outside the vocabulary comes out. 1 - u is what rand returns:
     from 0 to 1 - 2^-24."""
@@ -421,17 +417,18 @@ def test_sample_logits_never_draws_probability_zero(dtype, monkeypatch):
         logits = (scale * torch.randn(3000, generator=generator)).to(dtype)
         logits[torch.rand(3000, generator=generator) < 0.5] = -math.inf
         logits[[0, -1]] = -math.inf
-        drawn = draw_at(u, logits, monkeypatch)
+        drawn = draw_at(u, logits)
         assert all(logits.softmax(-1)[token] > 0 for token in drawn)
     certain = torch.tensor([-math.inf, 0.0, -math.inf, -1e4], dtype=dtype)
-    assert {*draw_at(u, certain, monkeypatch)} == {1}
+    assert {*draw_at(u, certain)} == {1}
 
 
 def test_rows_are_drawn_independently():
     """A failure means that candidates share a uniform, or that rows are mixed up. Two rows of
     opposite preferences, 4000 joint draws, four standard errors (0.031) on each share."""
     p = torch.tensor([[0.8, 0.2], [0.2, 0.8]])
-    drawn = sample_logits(p.log().repeat(4000, 1), torch.Generator().manual_seed(0)).view(-1, 2)
+    uniform = torch.rand(8000, generator=torch.Generator().manual_seed(0))
+    drawn = sample_logits(p.log().repeat(4000, 1), uniform).view(-1, 2)
     joint = [(drawn == torch.tensor(pair)).all(1).double().mean().item()
              for pair in [(0, 0), (0, 1), (1, 0), (1, 1)]]
     assert joint == pytest.approx([0.16, 0.64, 0.04, 0.16], abs=0.031)
