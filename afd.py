@@ -32,14 +32,14 @@ import train
 from divergences import DIVERGENCES, get_divergence
 from model import (GPT, GPTConfig, InputError, claim_folder, encode_documents, load_init,
                    save_pretrained, write_json)
-from reward import (HEADS, REWARD_MODELS, Adversary, LogRatio, RewardModel, TokenExtrapolation,
-                    score)
+from reward import (HEADS, REWARD_MODELS, Adversary, ExactAdversary, LogRatio, RewardModel,
+                    TokenExtrapolation, score)
 from toy_envs.figures import draw_run, print_reward_models, print_samples, print_table
 from toy_envs.truth import Truth, inspect_rewards, pick_samples, summarise
 from toy_envs.worlds import file_world, text_world
 from train import Schedule, setting
 
-METHODS = ("po", "closed-form", "adversarial", "spin", "irft", "dpo")
+METHODS = ("po", "closed-form", "adversarial", "adversarial-exact", "spin", "irft", "dpo")
 
 
 @dataclass
@@ -122,7 +122,8 @@ def schedules(s):
     return {"pretrain": Schedule(1.2e-2, s.pretrain_epochs, batch_size=24, warmup=0.05),
             "sft": Schedule(1e-3, s.sft_epochs, evaluations=max(8, math.ceil(s.sft_epochs))),
             "reward": Schedule(3e-3, s.reward_epochs),
-            "po": Schedule(3e-3), "adversarial": Schedule(3e-4), "pairs": Schedule(3e-4)}
+            "po": Schedule(3e-3), "adversarial": Schedule(3e-4),
+            "adversarial-exact": Schedule(3e-3), "pairs": Schedule(3e-4)}
 
 
 # ---- the algorithm ------------------------------------------------------------------------------
@@ -314,15 +315,19 @@ def run_methods(world, s, run, init, sft, rewards, labelled, truth):
             for model, floor in (("log-ratio", 0.0), ("floored", FLOOR)):
                 truth.add_policy("closed-form", TokenExtrapolation(sft, init, beta, floor),
                                  LogRatio(sft, init, floor), reward_model=model, beta=beta)
-    if "adversarial" in s.methods:
-        for name in s.divergences:
-            label = f"adversarial {name}"
-            adversary = Adversary(RewardModel(init, s.head), demos, get_divergence(name),
-                                  run.rng(f"judge {name}"), s.label_smoothing, s.reward_clip,
-                                  s.keep_old)
-            policy = optimise_policy(world, s, run, sft, truth, adversary, plan["adversarial"],
-                                     0.0, label)
-            truth.add_policy("adversarial", policy, adversary, reward_model=name,
+    for method in ("adversarial", "adversarial-exact"):
+        for name in s.divergences if method in s.methods else ():
+            label, divergence = f"{method} {name}", get_divergence(name)
+            if method == "adversarial":
+                adversary = Adversary(RewardModel(init, s.head), demos, divergence,
+                                      run.rng(f"judge {name}"), s.label_smoothing, s.reward_clip,
+                                      s.keep_old)
+            elif world.demo_logp:
+                adversary = ExactAdversary(world.density, divergence, s.reward_clip)
+            else:
+                continue        # nobody knows the density of people's own demonstrations
+            policy = optimise_policy(world, s, run, sft, truth, adversary, plan[method], 0.0, label)
+            truth.add_policy(method, policy, adversary, reward_model=name,
                              seconds=run.seconds[label])
     pair_methods = {"spin": lambda: self_play(world, s, run, sft, demos, 1, "spin"),
                     "irft": lambda: self_play(world, s, run, sft, demos, s.rounds, "irft"),

@@ -28,7 +28,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from divergences import discriminator_loss
-from model import GPT, collate, logp_writable
+from model import GPT, collate, logp_seq, logp_writable
 
 HEADS = ("sum", "last")
 REWARD_MODELS = ("init-sft", "init-demo", "sft-demo", "preference", "log-ratio", "floored")
@@ -161,7 +161,7 @@ class Adversary:
         self.optimizer = torch.optim.AdamW(judge.parameters(), lr=3e-3, betas=(0.9, 0.99),
                                            weight_decay=0.0)
 
-    def learn(self, own):
+    def learn(self, own, policy):
         """One step of the discriminator: as many demonstrations as samples, pairs (x, y)."""
         demos, negatives = self.rng.choices(self.demos, k=len(own)), own
         if self.keep_old:
@@ -183,6 +183,21 @@ class Adversary:
         return self.token_rewards(batch).sum(1)
 
 
+class ExactAdversary(Adversary):
+    """The same with a perfect judge, h = log d_beta(y|x) - log pi(y|x): what is left of adversarial
+    imitation when the discriminator's errors are taken away. density(batch) -> log d_beta, (B,).
+    """
+
+    def __init__(self, density, divergence, clip=10.0):
+        self.density, self.divergence, self.clip = density, divergence, clip
+
+    def learn(self, own, policy):
+        self.policy = policy        # the one that wrote `own`; its weights move, h moves along
+
+    def judge(self, batch):
+        return self.density(batch) - logp_seq(self.policy, batch)
+
+
 def bradley_terry_loss(reward_preferred, reward_other):
     """-E[log sigmoid(r+ - r-)]: nats; log 2 at chance. Source: Bradley and Terry 1952."""
     return F.softplus(reward_other - reward_preferred).mean()
@@ -201,7 +216,7 @@ def implicit_reward(policy, reference, batch, beta):
 
 
 @torch.inference_mode()
-def score(reward, pairs, device="cpu", batch_size=256):
+def score(reward, pairs, device="cpu", batch_size=64):
     """Rewards of (prompt ids, response ids) pairs, numpy (len(pairs),), in the pairs' own order."""
     order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]))
     scores = np.empty(len(pairs))
@@ -229,8 +244,11 @@ def correlation(a, b):
 
 
 def rank_correlation(a, b):
-    """Spearman's correlation within each prompt, (P, N) against (P, N): the mean over prompts."""
-    return float(np.nanmean(correlation(ranks(a), ranks(b))))
+    """Spearman's correlation within each prompt, (P, N) against (P, N): the mean over the prompts
+    where both sides vary; nan if there are none."""
+    values = correlation(ranks(a), ranks(b))
+    known = values[np.isfinite(values)]
+    return float(known.mean()) if len(known) else math.nan
 
 
 def calibration(logits, labels, bins=10):

@@ -246,7 +246,7 @@ def optimise_policy(sft, reward, draw, steps, schedule, beta, k, ppo_clip=0.0, d
     sequence, and what watch(policy, pairs) says of them.
 
     draw(policy) gives pairs, the k samples of a prompt together; a reward that learns along has
-    learn(pairs). dense: a reward that is a sum over tokens is given where it is earned.
+    learn(pairs, policy). dense: a reward that is a sum over tokens is given where it is earned.
     """
     policy, history = copy.deepcopy(sft), []
     optimizer = torch.optim.AdamW(policy.parameters(), lr=schedule.lr, betas=(0.9, 0.95),
@@ -254,7 +254,7 @@ def optimise_policy(sft, reward, draw, steps, schedule, beta, k, ppo_clip=0.0, d
     for step in tqdm(range(steps), desc=label, unit="step", disable=None, leave=False):
         pairs = draw(policy)
         if hasattr(reward, "learn"):
-            reward.learn(pairs)
+            reward.learn(pairs, policy)
         batch = collate(pairs, device_of(policy))
         with torch.no_grad():
             rewards, reference = reward.token_rewards(batch), logp_token(sft, batch)

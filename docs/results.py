@@ -14,6 +14,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -28,46 +29,56 @@ from toy_envs.truth import WRITERS, name_of, summarise                  # noqa: 
 
 RUNS = Path("out") / "results"
 COLLECTED = ROOT / "docs" / "results.json"
-SEEDS, LEVELS = range(5), ("0", "0.25", "0.5", "0.75", "1")
+SEEDS, MORE_SEEDS = range(5), range(5, 10)
+LEVELS = ("0", "0.25", "0.5", "0.75", "1")
+SMALL = "--n-embd 16 --n-layer 1"       # a policy short of capacity
 
 # Settings whose policies are optimised too; elsewhere best-of-N, from 16 candidates, is enough.
 POLICIES = {
     ("helpful", "0"): "--methods all --optimise floored,init-sft,init-demo,preference,log-ratio "
-                      "--betas 0.3,1",
-    ("harmless", "0"): "--methods po,closed-form,spin,irft,dpo --optimise floored,init-sft",
+                      "--betas 0.3,0.1,1,3",
+    ("harmless", "0"): "--methods all --optimise floored,init-sft",
     ("helpful", "1"): "--methods po,closed-form --optimise floored,init-sft",
 }
+SELECT = "--methods none --n-candidates 16"
 # pi_0 and as little else as afd.py does.
 PI_0 = ("--methods none --rewards log-ratio --n-demos 2 --n-samples 2 --n-prompts 1 "
         "--n-candidates 1")
 FEW = {"100": "80", "300": "27", "1000": "8"}       # demonstrations: epochs, for as many steps
-NOISE = ("0.4",)
+NOISE = ("0.1", "0.2", "0.4")
+
+
+def settings():
+    """{name of a setting: (task, flags)}, the more important ones first."""
+    found = {f"{task}-h{level}": (task, f"--task {task} --heterogeneity {level} {flags}")
+             for (task, level), flags in POLICIES.items()}
+    for task, level in ((task, level) for level in LEVELS for task in ("helpful", "harmless")):
+        found.setdefault(f"{task}-h{level}",
+                         (task, f"--task {task} --heterogeneity {level} {SELECT}"))
+    for level in ("0", "1"):
+        found[f"last-h{level}"] = "helpful", f"--head last --heterogeneity {level} {SELECT}"
+    for n, epochs in FEW.items():
+        found[f"demos{n}"] = "helpful", (f"--n-demos {n} --n-preferences {n} --sft-epochs {epochs} "
+                                         "--methods po --rewards init-sft,preference,floored "
+                                         "--n-candidates 16")
+    for noise in NOISE:
+        found[f"noise{noise}"] = "helpful", (f"--label-noise {noise} --methods po,dpo --rewards "
+                                             "preference --optimise preference --n-candidates 16")
+    found["more-h1"] = "helpful", f"--heterogeneity 1 {SELECT}"     # five further seeds
+    found["small"] = "small", (f"{SMALL} --methods adversarial,adversarial-exact --rewards "
+                               "log-ratio --n-candidates 2")
+    return found
 
 
 def all_runs():
-    """{name: (flags, the name of the run that pretrains its pi_0, or None)}, in a good order."""
+    """{name: (flags, the name of the run that pretrains its pi_0, or None)}."""
     runs = {}
-    for seed in SEEDS:
-        for task in ("helpful", "harmless"):
+    for setting, (task, flags) in settings().items():
+        for seed in MORE_SEEDS if setting == "more-h1" else SEEDS:
             base = f"pi0-{task}-s{seed}"
-            runs[base] = (f"--task {task} --seed {seed} {PI_0}", None)
-            for level in LEVELS:
-                flags = POLICIES.get((task, level), "--methods none --n-candidates 16")
-                runs[f"{task}-h{level}-s{seed}"] = (
-                    f"--task {task} --heterogeneity {level} --seed {seed} {flags}", base)
-        base = f"pi0-helpful-s{seed}"
-        for level in ("0", "1"):
-            runs[f"last-h{level}-s{seed}"] = (
-                f"--head last --heterogeneity {level} --seed {seed} --methods none "
-                "--n-candidates 16", base)
-        for n, epochs in FEW.items():
-            runs[f"demos{n}-s{seed}"] = (
-                f"--n-demos {n} --n-preferences {n} --sft-epochs {epochs} --seed {seed} --methods "
-                "po --rewards init-sft,preference,floored --n-candidates 16", base)
-        for noise in NOISE:
-            runs[f"noise{noise}-s{seed}"] = (
-                f"--label-noise {noise} --seed {seed} --methods po,dpo --rewards preference "
-                "--optimise preference --n-candidates 16", base)
+            size = SMALL if task == "small" else f"--task {task}"
+            runs[base] = f"{size} --seed {seed} {PI_0}", None
+            runs[f"{setting}-s{seed}"] = f"{flags} --seed {seed}", base
     return runs
 
 
@@ -84,12 +95,13 @@ def run(name, flags, base):
     mine = f"python afd.py {flags} "
     if done.exists() and json.loads(done.read_text())["command"].startswith(mine):
         return True
+    start = time.perf_counter()
     with open(ROOT / RUNS / f"{name}.log", "w") as log:
         ended = subprocess.run([sys.executable, *command], cwd=ROOT, stdout=log,
                                stderr=subprocess.STDOUT,
                                env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode
-    print(f"{name}: {'done' if ended == 0 else f'failed with status {ended}, see its log'}",
-          flush=True)
+    said = "done" if ended == 0 else f"failed with status {ended}, see its log"
+    print(f"{name}: {said}, {time.perf_counter() - start:.0f} s", flush=True)
     return ended == 0
 
 
@@ -109,7 +121,8 @@ def collect():
     for name in (name for name, (_, base) in all_runs().items() if base):
         path = ROOT / RUNS / name / "results.json"
         setting = name.rpartition("-s")[0]
-        if not all((ROOT / RUNS / f"{setting}-s{k}" / "results.json").exists() for k in SEEDS):
+        seeds = MORE_SEEDS if setting == "more-h1" else SEEDS
+        if not all((ROOT / RUNS / f"{setting}-s{k}" / "results.json").exists() for k in seeds):
             print(f"{name}: left out until all seeds of {setting} are there")
             continue
         results = json.loads(path.read_text(encoding="utf-8"))

@@ -13,6 +13,8 @@ import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
 from model import InputError, bpe_tokenizer, encode_pair, sample_responses, word_tokenizer
 from toy_envs.text_tasks import MAX_WORDS, TextTask
 
@@ -163,6 +165,12 @@ class World:
         """n responses of a policy to each prompt, ids[prompt]: [prompt][response] ids."""
         return sample_responses(policy, ids, n, self.max_response, self.tokenizer.eos, generator,
                                 label=label)
+
+    def density(self, batch):
+        """log d_beta(y|x) of a Batch's rows, (B,), by the text that they say."""
+        rows = zip(batch.tokens.tolist(), batch.prompt_lengths.tolist(), batch.lengths.tolist())
+        return torch.tensor([self.demo_logp(self.text(row[:m]), self.text(row[m:n]))
+                             for row, m, n in rows], device=batch.tokens.device)
 
     def text(self, ids):
         return self.tokenizer.decode(ids)
