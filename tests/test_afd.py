@@ -85,8 +85,8 @@ def test_every_method_is_measured(run):
     for seed in (0, 1):
         rows = [r for r in run[1]["rows"] if r["seed"] == seed and r["method"] in afd.METHODS]
         count = {method: sum(r["method"] == method for r in rows) for method in afd.METHODS}
-        assert count == {"po": 7, "closed-form": 4, "adversarial": 3, "spin": 1, "irft": 1,
-                         "dpo": 1}
+        assert count == {"po": 7, "closed-form": 4, "adversarial": 3,
+                         "adversarial-exact": 3, "spin": 1, "irft": 1, "dpo": 1}
         assert {(r["reward_model"], r["beta"]) for r in rows if r["method"] == "po"} == {
             *((model, 1.0) for model in REWARD_MODELS), ("init-sft", 0.3)}
         for r in rows:
@@ -94,12 +94,13 @@ def test_every_method_is_measured(run):
                          "reverse_kl", "length_mean"):
                 assert math.isfinite(r[name]), (r["method"], name)
             assert r["kl_from_sft"] > -1 and 0 < r["distinct"] <= 1 and r["n"] == 1
-            if r["method"] in ("po", "closed-form", "adversarial"):
+            if r["method"] not in ("spin", "irft", "dpo"):
                 assert math.isfinite(r["proxy_mean"])
     rewards = afd.LISTS["rewards"]
     assert set(run[1]["curves"]["0"]) == {
         "po init-sft 0.3", *(f"po {model} 1" for model in rewards),
-        *(f"adversarial {name}" for name in ("reverse_kl", "forward_kl", "jensen_shannon"))}
+        *(f"{method} {name}" for method in ("adversarial", "adversarial-exact")
+          for name in ("reverse_kl", "forward_kl", "jensen_shannon"))}
     for curve in run[1]["curves"]["0"].values():
         known = {"step", "proxy", "kl_from_sft", "entropy", "length", "golden", "demo_logp"}
         assert len(curve) == 2 and all(known <= set(step) for step in curve)

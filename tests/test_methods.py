@@ -20,8 +20,9 @@ import afd
 import train
 from divergences import discriminator_loss, get_divergence, kl, policy_gradient_loss
 from model import GPT, GPTConfig, collate, logp_seq, logp_token, sample_responses
-from reward import (Adversary, LogRatio, RewardModel, TokenExtrapolation, at_the_end,
-                    best_of_n_kl, best_of_n_weights, bradley_terry_loss, implicit_reward, score)
+from reward import (Adversary, ExactAdversary, LogRatio, RewardModel, TokenExtrapolation,
+                    at_the_end, best_of_n_kl, best_of_n_weights, bradley_terry_loss,
+                    implicit_reward, score)
 from test_model import all_responses, chi_square, chi_square_bound
 from train import Schedule
 
@@ -518,7 +519,7 @@ def test_smoothing_bounds_the_logit(own, expected):
     s = 0.1
     adversary = table_adversary([A], smoothing=s, keep_old=False)
     for _ in range(200):
-        adversary.learn(list(own))
+        adversary.learn(list(own), None)
         for group in adversary.optimizer.param_groups:
             group["lr"] *= 0.98
     h = adversary.judge(collate([A, B])).tolist()
@@ -542,7 +543,7 @@ def test_the_adversary_learns_to_tell(keep_old, head):
             return discriminator_loss(adversary(collate(demos)), adversary(collate(own))).item()
     assert loss() == pytest.approx(2 * math.log(2))
     for _ in range(60):
-        adversary.learn(rng.choices(own, k=16))
+        adversary.learn(rng.choices(own, k=16), None)
     assert loss() < 0.7
     assert score(adversary, demos).mean() > 0 > score(adversary, own).mean()
 
@@ -555,9 +556,9 @@ def test_which_negatives_the_adversary_sees(keep_old):
     adversary.judge.register_forward_pre_hook(lambda _, args: seen.append(keys(args[0])))
     a, b = keys(collate([A, B]))
     for _ in range(3):
-        adversary.learn([B] * 8)
+        adversary.learn([B] * 8, None)
     for _ in range(50):
-        adversary.learn([A] * 8)
+        adversary.learn([A] * 8, None)
     assert all(len(batch) == 16 and batch[:8] == [a] * 8 for batch in seen)
     later = [batch[8:] for batch in seen[3:]]
     assert all(batch[:4] == [a] * 4 for batch in later)
@@ -595,3 +596,17 @@ def test_adversarial_imitation_comes_closer_to_the_demonstrator():
                                       Schedule(lr=3e-4, weight_decay=0.0), 0.0, k, dense=False)
     with torch.no_grad():
         assert (kl(listed(policy), listed(INIT)) < kl(listed(SFT), listed(INIT)) / 2).all()
+
+
+@pytest.mark.parametrize("name", ["reverse_kl", "jensen_shannon"])
+def test_with_the_exact_judge_the_policy_lands_on_the_demonstrator(name):
+    """INIT demonstrates and h = log d_beta - log pi is exact: within 0.01 nats of it, from 0.3. A
+    judge of another policy than the one that wrote, or a reward of the wrong sign, ends elsewhere."""
+    k = 64
+    adversary = ExactAdversary(lambda batch: logp_seq(INIT, batch), get_divergence(name))
+    policy, _ = train.optimise_policy(SFT, adversary, drawing(k), 120,
+                                      Schedule(lr=1e-2, weight_decay=0.0), 0.0, k, dense=False)
+    with torch.no_grad():
+        assert kl(listed(policy), listed(INIT)).max() < 0.01
+        h = adversary.judge(BATCH).view(SHAPE)
+    torch.testing.assert_close(h, (listed(INIT) - listed(policy)).detach())
