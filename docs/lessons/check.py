@@ -1,11 +1,8 @@
-"""Check the exercises: `python docs/lessons/check.py` lists them all, with a number it checks one.
+"""Check the exercises: `python docs/lessons/check.py` lists them all, `... check.py 3` checks one.
 
-    python docs/lessons/check.py 3    what is wrong with docs/lessons/exercises/03_*.py, if anything
-                                      is: in words, never as a traceback; status 0 if it is solved
-
-A checker runs the student's function in float64 on a small case whose answer is known: by
-enumeration, by autograd, or from the project's own function. It also knows what the usual mistakes
-would give: where the answer is exactly one of those, it says which.
+It says in words what is wrong. A checker runs the student's function in float64 on a small case
+whose answer is known: by enumeration, by autograd, or from the project's own function. It also
+knows what the usual mistakes would give: where the answer is exactly one of those, it says which.
 """
 
 import itertools
@@ -51,7 +48,7 @@ def load(path, name):
         if got is None:
             raise Hint(f"{name} returns None: not filled in yet, or `return` is missing.")
         if not isinstance(got, torch.Tensor):
-            raise Hint(f"{name} returns a {type(got).__name__}; a tensor keeps the gradient.")
+            raise Hint(f"{name} returns a {type(got).__name__}, not a torch tensor.")
         if tuple(got.shape) != shape:
             raise Hint(f"{name} returns the shape {tuple(got.shape)}; it should be {shape}.")
         return got
@@ -86,15 +83,17 @@ def compare(what, got, right, mistakes=()):
             raise Hint(hint)
     if not got.double().isfinite().all():
         raise Hint(f"{what} is not finite: {shown(got)}. Where is the log of something not > 0?")
-    raise Hint(f"{what} is {shown(got)} where {shown(right)} is right: no mistake known here.")
+    raise Hint(f"{what} is {shown(got)}; right is {shown(right)}. No usual mistake gives this.")
 
 
 def gradient(value, leaf):
     """d value / d leaf, kept for more; a Hint where there is none."""
     if not value.requires_grad:
         raise Hint("The value carries no gradient: .detach(), no_grad or numpy cuts it off.")
-    found = torch.autograd.grad(value, leaf, retain_graph=True, allow_unused=True)[0]
-    return torch.zeros_like(leaf) if found is None else found
+    try:
+        return torch.autograd.grad(value, leaf, retain_graph=True)[0]
+    except RuntimeError as error:
+        raise Hint(f"No gradient can be taken: {error}") from error
 
 
 def randn(*shape, seed=0):
@@ -136,8 +135,7 @@ def check_forward_kl_loss(ask):
 
     def loss(logp, tokens=tokens[:, 1:], mask=mask[:, 1:]):
         return -(logp.gather(-1, tokens[..., None]).squeeze(-1) * mask).sum(1).mean()
-    unshifted = logits.log_softmax(-1)
-    logp = unshifted[:, :-1]
+    unshifted, logp = logits.log_softmax(-1), logits[:, :-1].log_softmax(-1)
     got = ask(logits, tokens, mask, shape=())
     compare("The loss", got, right, (
         ("The sign is wrong: likely responses must have a *small* loss.", -right),
@@ -175,7 +173,7 @@ def check_discriminator_loss(ask):
 def check_jeffreys_reward(ask):
     log_beta, log_pi = randn(6).log_softmax(-1), randn(6, seed=1).log_softmax(-1)
     h, pi = log_beta - log_pi, log_pi.exp().requires_grad_()
-    got, u = ask(h, shape=(6,)), log_beta.exp() / pi
+    got, u = ask(h, shape=(6,)).double(), log_beta.exp() / pi
     right = -gradient((pi * (u - 1) * u.log()).sum(), pi)       # -d/dpi of pi f(beta/pi)
     f, u = (u.detach() - 1) * h, u.detach()
     compare("The reward, less its first entry,", got - got[0], right - right[0], [
@@ -257,15 +255,15 @@ def check_best_of_n(ask):
 def check_leave_one_out(ask):
     rewards = randn(3, 4)
     got, right = ask(rewards, shape=(3, 4)), divergences.leave_one_out(rewards)
-    centred = rewards - rewards.mean(1, True)
+    centred, std = rewards - rewards.mean(1, True), rewards.std(1, keepdim=True)
     compare("The advantage", got, right, (
-        ("The baseline holds the sample itself: the gradient shrinks by (K - 1)/K.", centred),
+        ("The baseline holds the sample itself: the gradient shrinks to (K - 1)/K.", centred),
         ("Off by one: the others are K - 1.", rewards - (rewards.sum(1, True) - rewards) / 4),
         ("This is the baseline; the advantage is the reward less that.", rewards - right),
         ("The sign is wrong: a reward above the others' is an advantage.", -right),
         ("A mean over prompts: a prompt's samples lie along dim 1.", rewards - rewards.mean(0)),
         ("One baseline for all: easy prompts would look good.", rewards - rewards.mean()),
-        ("Divided by a standard deviation, as in GRPO: not here.", centred / rewards.std(1, True))))
+        ("Divided by a standard deviation, as in GRPO: not here.", centred / std)))
 
 
 def check_forward_kl(ask):
@@ -330,8 +328,8 @@ def check(number, folder=HERE / "exercises"):
         if path is None:
             raise Hint(f"There is no file {number:02d}_*.py in {folder}.")
         checker(load(path, checker.__name__.removeprefix("check_")))
-    except (Hint, RuntimeError) as error:       # the latter: autograd, at what the student built
-        return str(error)
+    except Hint as hint:
+        return str(hint)
     return "solved"
 
 

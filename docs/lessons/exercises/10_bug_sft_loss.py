@@ -1,4 +1,4 @@
-"""Exercise 10 (lesson 1): a silent bug. Find it and mend it.
+"""Exercise 10 (lessons 1 and 8): a silent bug. Find it and mend it.
 
 sft_loss is to be the mean of -log pi(y_t|s_t) over all actions of the batch, nats per token. GPT-2
 has no padding token, so this batch is padded with EOS, as is often done. Symptom: the loss falls as

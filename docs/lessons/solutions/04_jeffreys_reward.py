@@ -1,4 +1,4 @@
-"""Exercise 4: f is the sum of the two KLs' f, hence so is r: h of the reverse, e^h of the forward."""
+"""Exercise 4: f is the sum of the two KLs' f, and so is r: h of the one, e^h of the other."""
 import torch
 
 
