@@ -339,9 +339,10 @@ def main(argv):
         raise InputError(f"give one number from 1 to {known[-1]}, or nothing for a list of all")
     said = {number: check(int(number)) for number in argv or known}
     for number, what in said.items():
-        state = "not started" if "returns None" in what else "not right yet"
+        if not argv and what != "solved":
+            what = "not started" if "returns None" in what else "not right yet"
         name = CHECKERS[int(number) - 1].__name__.removeprefix("check_")
-        print(f"{number:>2}  {name:<22}" + (what if argv or what == "solved" else state))
+        print(f"exercise {number}: {what}" if argv else f"{number:>2}  {name:<22}{what}")
     sys.exit(bool(argv) and said[argv[0]] != "solved")
 
 
