@@ -222,9 +222,17 @@ COMING = {"stages": {"data"}, "flags": {"--resume"}}
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_links_and_images_exist(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
-        target = target.partition("#")[0]
-        assert not target or target.startswith("https://") or (page.parent / target).exists(), (
-            f"{page.name} links to {target}, which is not there")
+        name, _, section = target.partition("#")
+        if not name.startswith("https://"):
+            there = page.parent / name if name else page
+            assert there.exists(), f"{page.name} links to {name}, which is not there"
+            assert not section or section in headings(there), f"{page.name}: no section {target}"
+
+
+def headings(page):
+    """The anchors that GitHub gives to a page's headings."""
+    lines = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w\- ]", "", line.lower()).replace(" ", "-") for line in lines}
 
 
 def commands(text):
@@ -358,6 +366,10 @@ def test_what_lessons_say_is_level_or_turns():
     assert mean - half > 0, "lesson 7: the floored closed form is above best of 64"
     mean, half = gain("harmless-h0", "closed-form floored 0.3", "init-sft", m=64)
     assert mean - half < 0 < mean + half, "lesson 7: level with it on the harmless task"
+    for h in "01":
+        mine, last = (results.shares(DATA, f"{group}-h{h}")["init-sft"]
+                      for group in ("helpful", "last"))
+        assert last[0] + last[1] < mine[0] - mine[1], "lesson 6: the last token's head gains less"
     assert gain("helpful-h1", "log-ratio", "log-ratio", n=64)[0] < 0, "lesson 7: it turns down"
     for name in ("adversarial reverse_kl", "adversarial forward_kl"):
         kl = results.values(DATA, "helpful-h0", name, "kl_from_sft")
