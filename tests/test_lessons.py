@@ -250,7 +250,9 @@ def settings_of(script):
 def refuse(command, coming=COMING):
     """Why this command would not start, or None. Nothing is run."""
     words = command[2:] if command[1] == "-m" else command[1:]
-    script, flags = words[0].replace(".", "/") + ".py" if command[1] == "-m" else words[0], words[1:]
+    script, flags = words[0], words[1:]
+    if command[1] == "-m":
+        script = script.replace(".", "/") + ".py"
     if not (ROOT / script).is_file():
         return f"there is no {script}"
     if script.startswith("docs/"):      # results.py, check.py: words, no flags
