@@ -29,6 +29,7 @@ from toy_envs.truth import WRITERS, name_of, summarise                  # noqa: 
 
 RUNS = Path("out") / "results"
 COLLECTED = ROOT / "docs" / "results.json"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")      # hold tables between markers
 SEEDS, MORE_SEEDS = range(5), range(5, 10)
 LEVELS = ("0", "0.25", "0.5", "0.75", "1")
 SMALL = "--n-embd 16 --n-layer 1"       # a policy short of capacity
@@ -116,7 +117,8 @@ def short(value):
 
 def collect():
     """One record of all runs: rows, what the reward models learned and curves of the policies, each
-    with the group (setting), task, heterogeneity and seed of its run; command and seconds of each."""
+    with the group (setting), task, heterogeneity and seed of its run; command and seconds of each.
+    """
     data = {"runs": {}, "rows": [], "reward_models": [], "curves": []}
     for name in (name for name, (_, base) in all_runs().items() if base):
         path = ROOT / RUNS / name / "results.json"
@@ -152,6 +154,13 @@ def values(data, group, name, column="gold_mean", n=16):
             and r[column] is not None}
 
 
+def differences(data, groups, a, b, n=16, m=16):
+    """Golden reward of a (best-of-n) minus that of b (best-of-m), paired over all seeds of the
+    groups."""
+    pairs = [(values(data, group, a, n=n), values(data, group, b, n=m)) for group in groups]
+    return cell(x[k] - y[k] for x, y in pairs for k in sorted(x.keys() & y.keys()))
+
+
 def shares(data, group):
     """{name: (mean, half-width)} of the share of the golden selector's gain at n = 16, over seeds;
     nothing where the setting has not been run."""
@@ -178,7 +187,7 @@ def markdown(header, rows):
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-# ---- the README's tables ------------------------------------------------------------------------
+# ---- the tables of the pages --------------------------------------------------------------------
 
 SELECTORS = ("init-sft", "init-demo", "sft-demo", "preference", "log-ratio", "floored", "length",
              "random")
@@ -200,7 +209,8 @@ COLUMNS = (("golden", "gold_mean", "{:.2f}"), ("win/SFT", "win_vs_sft", "{:.2f}"
 
 def methods_table(data, group):
     """Every writer of one setting: best-of-16 and, of the reward models, best-of-64 too."""
-    names = list(dict.fromkeys(name_of(r) for r in data["rows"] if r["group"] == group))
+    names = list(dict.fromkeys(name_of(r) for r in data["rows"] if r["group"] == group
+                               and r["beta"] in (None, 0.3, 1)))    # the others: in the figure
     rows = []
     for name in names:
         bon = any(r["method"] == "bon" for r in data["rows"]
@@ -214,27 +224,42 @@ def methods_table(data, group):
     return markdown(["writer", *(title for title, _, _ in COLUMNS)], rows)
 
 
+def seek_table(data):
+    """What a policy that can, and one that cannot, write all that the demonstrator does gives up
+    for the divergence that is minimised."""
+    forms = {"gold_mean": "{:.2f}", "reverse_kl": "{:.1f}", "forward_kl": "{:.1f}",
+             "entropy": "{:.1f}"}
+    names = ["sft", *(f"{method} {name}" for method in ("adversarial", "adversarial-exact")
+                      for name in ("forward_kl", "reverse_kl"))]
+    return markdown(["policy", "golden", "rev. KL", "fwd. KL", "entropy"], [
+        [f"{size}, {WRITERS.get(name, name)}", *(
+            cell(values(data, group, name, column).values(), form)
+            for column, form in forms.items())]
+        for size, group in (("large", "helpful-h0"), ("small", "small")) for name in names])
+
+
 def tables(data):
-    """{marker: table} for the README."""
-    settings = {"sum, h = 0": "helpful-h0", "sum, h = 1": "helpful-h1", "last, h = 0": "last-h0",
+    """{marker: table} for the pages."""
+    heads = {"sum, h = 0": "helpful-h0", "sum, h = 1": "helpful-h1", "last, h = 0": "last-h0",
                 "last, h = 1": "last-h1"}
 
-    def differences(group, a, b, n=16, m=16):
-        x, y = values(data, group, a, n=n), values(data, group, b, n=m)
-        return cell(x[k] - y[k] for k in sorted(x.keys() & y.keys()))
     few = {**{n: f"demos{n}" for n in FEW}, "4000": "helpful-h0"}
     noises = {"0": "helpful-h0", **{noise: f"noise{noise}" for noise in NOISE}}
     learners = ("sft", "init-sft", "po init-sft 0.3", "floored", "preference")
     made = {
-        "SHARES": markdown(["selector", *settings], [
-            [name, *(percent(shares(data, group).get(name)) for group in settings.values())]
+        "SHARES": markdown(["selector", *heads], [
+            [name, *(percent(shares(data, group).get(name)) for group in heads.values())]
             for name in SELECTORS]),
-        "DIFFS": markdown(["difference, points", *list(settings)[:2]], [
-            [f"{a} − {b}", *(differences(group, a, b) for group in ("helpful-h0", "helpful-h1"))]
+        "TEN": markdown(["difference at h = 1, ten seeds", "points"], [
+            [f"{a} − {b}", differences(data, ["helpful-h1", "more-h1"], a, b)]
+            for a, b in DIFFERENCES[:4]]),
+        "DIFFS": markdown(["difference, points", *list(heads)[:2]], [
+            [f"{a} − {b}", *(differences(data, [group], a, b)
+                             for group in ("helpful-h0", "helpful-h1"))]
             for a, b in DIFFERENCES]),
         "GOALS": markdown(["difference, points", "helpful, h = 0", "harmless, h = 0"], [
             [" − ".join(f"best of {n}, {name}" if n > 1 else name for name, n in ((a, n), (b, m))),
-             *(differences(group, a, b, n, m) for group in ("helpful-h0", "harmless-h0"))]
+             *(differences(data, [group], a, b, n, m) for group in ("helpful-h0", "harmless-h0"))]
             for a, n, b, m in GOALS]),
         "HELPFUL": methods_table(data, "helpful-h0"),
         "HARMLESS": methods_table(data, "harmless-h0"),
@@ -248,9 +273,11 @@ def tables(data):
         "NOISE": markdown(["golden reward", *(f"{float(noise):.0%}" for noise in noises)], [
             [name, *(cell(values(data, group, name).values()) for group in noises.values())]
             for name in ("preference", "po preference 0.3", "dpo")]),
+        "SEEK": seek_table(data),
     }
     there = {row["group"] for row in data["rows"]}
-    missing = {"DEMOS": set(few.values()) - there, "NOISE": set(noises.values()) - there}
+    missing = {"DEMOS": set(few.values()) - there, "NOISE": set(noises.values()) - there,
+               "SEEK": {"small"} - there, "TEN": {"more-h1"} - there}
     return {name: table for name, table in made.items() if not missing.get(name)}
 
 
@@ -285,10 +312,10 @@ def main():
             if not all(done):
                 sys.exit("some runs failed; `make results` tries them again")
     data = collect()
-    readme = ROOT / "README.md"
-    readme.write_text(fill(readme.read_text(encoding="utf-8"), tables(data)), encoding="utf-8")
+    for page in PAGES:
+        page.write_text(fill(page.read_text(encoding="utf-8"), tables(data)), encoding="utf-8")
     figures(data, ROOT / "docs" / "figures")
-    print(f"wrote {COLLECTED}, the README's tables and docs/figures")
+    print(f"wrote {COLLECTED}, the tables of {', '.join(map(str, PAGES))} and docs/figures")
 
 
 if __name__ == "__main__":
