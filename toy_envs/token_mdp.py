@@ -16,15 +16,14 @@ Log-probabilities and KLs are in nats per sequence.
 
 import itertools
 from collections import Counter
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 from tqdm import tqdm
 
 from divergences import DIVERGENCES, f_divergence
-from model import InputError, write_json
-from toy_envs.figures import COLORS, pyplot, save_figure
+from model import InputError, claim_folder, require
+from toy_envs.figures import COLORS, pyplot, write_world
 from toy_envs.gaussian import solve
 from train import parse_settings, run_script, setting
 
@@ -65,44 +64,40 @@ class Demonstrator:
 
 def make_demonstrator(patterns, weights, slip, letters):
     """The demonstrator of these patterns (strings); InputError for arguments that define none."""
-    lengths = {len(pattern) for pattern in patterns}
-    if len(lengths) != 1 or 0 in lengths:
-        raise InputError(f"patterns need one common length of at least 1, got {list(patterns)}")
-    if not 2 <= letters <= len(LETTERS):
-        raise InputError(f"letters must be from 2 to {len(LETTERS)}, got {letters}")
-    foreign = set("".join(patterns)) - set(LETTERS[:letters])
-    if foreign:
-        raise InputError(f"patterns use {sorted(foreign)}, not among the letters "
-                         f"{LETTERS[:letters]}")
-    if len(weights) != len(patterns) or min(weights) <= 0 or abs(sum(weights) - 1) > 1e-9:
-        raise InputError(f"need one weight > 0 per pattern, summing to one; got {list(weights)}")
-    if not 0 <= slip < 1:
-        raise InputError(f"slip must be at least 0 and below 1, got {slip}")
+    known = LETTERS[:letters]
+    require(len({len(pattern) for pattern in patterns}) == 1 and patterns[0],
+            f"patterns need one common length of at least 1, got {list(patterns)}")
+    require(2 <= letters <= len(LETTERS), f"letters must be from 2 to {len(LETTERS)}")
+    require(set("".join(patterns)) <= set(known), f"patterns use letters that are not in {known}")
+    require(len(weights) == len(patterns) and min(weights) > 0 and abs(sum(weights) - 1) < 1e-9,
+            f"need one weight > 0 per pattern, summing to one; got {list(weights)}")
+    require(0 <= slip < 1, f"slip must be at least 0 and below 1, got {slip}")
     index = torch.tensor([[LETTERS.index(c) for c in pattern] for pattern in patterns])
     chosen = torch.nn.functional.one_hot(index, letters).double()
     step = chosen * (1 - slip) + (1 - chosen) * slip / (letters - 1)
     return Demonstrator(index, torch.tensor(weights, dtype=torch.float64), step)
 
 
-def demonstrator_of(config):
+def demonstrator_of(s):
     """The demonstrator that the settings' comma-separated patterns and weights describe."""
     try:
-        weights = [float(w) for w in config.weights.split(",")]
+        weights = [float(w) for w in s.weights.split(",")]
     except ValueError:
-        raise InputError(f"--weights must be numbers with commas, got {config.weights}") from None
-    if config.slip <= 0:
-        raise InputError("--slip must be positive: the reverse KL to a demonstrator that never "
-                         "slips is infinite")
-    return make_demonstrator(config.patterns.split(","), weights, config.slip, config.letters)
+        raise InputError(f"--weights must be numbers with commas, got {s.weights}") from None
+    require(s.slip > 0, "--slip must be positive: the reverse KL to a demonstrator that never "
+                        "slips is infinite")
+    require(s.starts >= 1, f"--starts must be at least 1, got {s.starts}")
+    demo = make_demonstrator(s.patterns.split(","), weights, s.slip, s.letters)
+    check_enumerable(demo.length, demo.letters)
+    return demo
 
 
 def check_enumerable(length, letters):
     """Refuse, before memory is touched, an MDP with more sequences than can be listed."""
-    if length < 1:
-        raise InputError(f"a sequence needs at least 1 letter, got {length}")
-    if letters ** length > MAX_SEQUENCES:
-        raise InputError(f"{letters} letters and {length} steps make {letters ** length} "
-                         f"sequences; the limit for listing them all is {MAX_SEQUENCES}")
+    require(length >= 1, f"a sequence needs at least 1 letter, got {length}")
+    require(letters ** length <= MAX_SEQUENCES,
+            f"{letters} letters and {length} steps make {letters ** length} "
+            f"sequences; the limit for listing them all is {MAX_SEQUENCES}")
 
 
 def contexts_at(t, letters, memory):
@@ -250,10 +245,6 @@ def solve_exactly(demo, memory, divergence, start):
     return policy_from_roots(z, demo.letters)[order], value[order], gradient_norm[order]
 
 
-def style_names(demo):
-    return ["".join(LETTERS[i] for i in pattern) for pattern in demo.patterns]
-
-
 def styles_found(demo, log_pi, memory, share=0.1):
     """{"1+3": starts, ...}: which styles, counted from 1, each start ends up writing: those whose
     pattern gets at least `share` of its probability under the demonstrator. log_pi (R, C, A)."""
@@ -275,7 +266,7 @@ def describe(demo, logp, samples=1000):
     meant = logp[sequence_index(demo.patterns.unique(dim=0), demo.letters)].exp().sum()
     met = 1 - (samples * torch.log1p(-style.clamp(max=1 - 1e-12))).exp()
     return {"styles": style.tolist(), "precision": meant.item(),
-            "recall": (demo.weights * met).sum().item(), 
+            "recall": (demo.weights * met).sum().item(),
             "entropy": torch.special.entr(logp.exp()).sum().item()}
 
 
@@ -324,31 +315,32 @@ def horizon_curve(lengths, memory):
 
 # ---- what it prints and draws -------------------------------------------------------------------
 
-SHORT = {"reverse_kl": "rev.KL", "forward_kl": "fwd.KL", "jensen_shannon": "J-S",
-         "total_variation": "TV", "pearson_chi2": "Pearson", "neyman_chi2": "Neyman",
-         "squared_hellinger": "Helling."}
+SHORT = ("rev.KL", "fwd.KL", "J-S", "TV", "Pearson", "Neyman", "Helling.")   # as in DIVERGENCES
 
 
-def print_tables(demo, rows):
-    beta = describe(demo, demonstrator_log_prob(demo))
-    print("styles: " + ", ".join(f"{k + 1} {name}" for k, name in enumerate(style_names(demo)))
+def print_tables(s, demo, rows, curves):
+    """For each learner: what every solution writes, then every divergence of every solution."""
+    own = {"value": 0.0, "found": {}, **describe(demo, demonstrator_log_prob(demo))}
+    print("styles: " + ", ".join(f"{k} {name}" for k, name in enumerate(s.patterns.split(","), 1))
           + "\nfound: the styles that a start ends up writing, and how many starts do\n"
           "A learner of full memory can be the demonstrator: every divergence is 0 there.")
     for memory, title in MEMORIES.items():
-        mine = [row for row in rows if row["memory"] == memory]
+        mine = [(DIVERGENCES[r["minimised"]].label, r) for r in rows if r["memory"] == memory]
         print(f"\n{'learner: ' + title:<20}{'D_f':>8}{'precision':>11}{'recall':>8}{'entropy':>9}"
               "  found")
-        print(f"{'demonstrator':<20}{0:>8.3f}{beta['precision']:>11.3f}{beta['recall']:>8.3f}"
-              f"{beta['entropy']:>9.3f}")
-        for row in mine:
-            found = " ".join(f"{styles}:{count}" for styles, count in row["found"].items())
-            print(f"{DIVERGENCES[row['minimised']].label:<20}{row['value']:>8.3f}"
-                  f"{row['precision']:>11.3f}{row['recall']:>8.3f}{row['entropy']:>9.3f}  {found}")
+        for label, row in [("demonstrator", own), *mine]:
+            found = "".join(f" {styles}:{count}" for styles, count in row["found"].items())
+            print(f"{label:<20}{row['value']:>8.3f}{row['precision']:>11.3f}"
+                  f"{row['recall']:>8.3f}{row['entropy']:>9.3f} {found}")
         print(f"\nevery divergence of every solution ({title}):")
-        print(f"{'minimised':<17}" + "".join(f"{SHORT[name]:>9}" for name in DIVERGENCES))
-        for row in mine:
-            print(f"{DIVERGENCES[row['minimised']].label:<17}"
-                  + "".join(f"{value:>9.3g}" for value in row["cross"].values()))
+        print(f"{'minimised':<17}" + "".join(f"{name:>9}" for name in SHORT))
+        for label, row in mine:
+            print(f"{label:<17}" + "".join(f"{value:>9.3g}" for value in row["cross"].values()))
+    print("\nwhat SFT writes that nobody wrote (two styles, by dynamic programming):")
+    print(f"{'T':<34}" + "".join(f"{length:>7}" for length, *_ in curves[0][1::4]))
+    for memory, styles in ((0, "aaa... and bbb..."), (1, "aaa... and abcabc...")):
+        print(f"{MEMORIES[memory] + ', ' + styles:<34}"
+              + "".join(f"{share:>7.3f}" for _, share, _ in curves[memory][1::4]))
 
 
 def typical_sequences(logp, count):
@@ -369,75 +361,60 @@ def draw_page(axes, demo, logp, title, count=20):
     for line, row in enumerate(letters.tolist()):
         for t, letter in enumerate(row):
             axes.text(t, line, LETTERS[letter], ha="center", va="center", fontsize=6,
-                      color="white" if meant[line] else "black")
-    axes.set_title(title, fontsize=8)
+                      color="white" if meant[line] else "black", in_layout=False)
+    told = describe(demo, logp)
+    axes.set_title(f"{title}\nprecision {told['precision']:.2f}\nrecall {told['recall']:.2f}",
+                   fontsize=8)
     axes.set(xticks=[], yticks=[])
     axes.grid(False)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
+    axes.spines[:].set_visible(False)
 
 
-def draw_pages(path, demo, solutions):
+def draw_pages(demo, solutions):
     """A page for the demonstrator and for every learner's best policy under every divergence."""
-    plt = pyplot()
-    figure, grid = plt.subplots(len(MEMORIES), 8, figsize=(11, 6.2))
-    log_beta = demonstrator_log_prob(demo)
-    for line, (memory, learner) in enumerate(MEMORIES.items()):
-        own = describe(demo, log_beta)
-        draw_page(grid[line, 0], demo, log_beta, "demonstrator and\nfull-memory learner\n"
-                  f"precision {own['precision']:.2f}\nrecall {own['recall']:.2f}")
-        grid[line, 0].set_ylabel(f"learner: {learner}", fontsize=10)
-        for axes, (name, divergence) in zip(grid[line, 1:], DIVERGENCES.items()):
+    figure, grid = pyplot().subplots(len(MEMORIES), 8, figsize=(11, 6.2))
+    for line, (memory, learner) in zip(grid, MEMORIES.items()):
+        draw_page(line[0], demo, demonstrator_log_prob(demo),
+                  "demonstrator and\nfull-memory learner")
+        line[0].set_ylabel(f"learner: {learner}", fontsize=10)
+        for axes, (name, divergence) in zip(line[1:], DIVERGENCES.items()):
             logp = sequence_log_prob(solutions[memory, name][0][:1], demo.length, memory)[0]
-            own = describe(demo, logp)
-            draw_page(axes, demo, logp, f"{divergence.label}\n\nprecision {own['precision']:.2f}\n"
-                      f"recall {own['recall']:.2f}")
+            draw_page(axes, demo, logp, divergence.label + "\n")
     figure.suptitle("what each learner writes, by the divergence minimised "
                     "(faded: sequences that no style means to write)", fontsize=10)
-    return save_figure(figure, path)
+    return figure
 
 
-def draw_horizon(path, curves):
+def draw_horizon(curves):
     """What SFT writes that nobody wrote, against T: measured points over their closed forms."""
-    plt = pyplot()
-    figure, axes = plt.subplots(figsize=(5.5, 3.4))
-    labels = {0: ("memoryless, aaa… and bbb…", "$1-2^{1-T}$", COLORS["forward_kl"]),
-              1: ("one letter, aaa… and abcabc…", r"$1-2^{-\lfloor (T-2)/3 \rfloor}$",
-                  COLORS["pearson_chi2"])}
-    for memory, (label, formula, color) in labels.items():
+    figure, axes = pyplot().subplots(figsize=(5.5, 3.4))
+    for memory, label, color, how in (
+            (0, "memoryless, aaa… and bbb…: $1-2^{1-T}$", "forward_kl", "default"),
+            (1, r"one letter, aaa… and abcabc…: $1-2^{-\lfloor (T-2)/3 \rfloor}$", "pearson_chi2",
+             "steps-post")):
         length, measured, closed = zip(*curves[memory])
-        axes.plot(length, closed, color=color, drawstyle="steps-post" if memory else "default")
-        axes.plot(length, measured, "o", color=color, markersize=4, label=f"{label}: {formula}")
+        axes.plot(length, closed, color=COLORS[color], drawstyle=how)
+        axes.plot(length, measured, "o", color=COLORS[color], markersize=4, label=label)
     axes.set(title="what SFT writes that nobody wrote", xlabel="length of the sequence, T",
              ylabel="share of what it writes", ylim=(-0.03, 1.03))
     axes.legend(fontsize=8, loc="lower right")
-    return save_figure(figure, path)
+    return figure
 
 
-def main(config):
-    torch.set_num_threads(1)  # the tensors are small: a second thread costs more than it gives
-    demo = demonstrator_of(config)
-    check_enumerable(demo.length, demo.letters)
-    if config.starts < 1:
-        raise InputError(f"--starts must be at least 1, got {config.starts}")
-    solutions = solve_all(demo, config.starts, config.seed)
+def main(s):
+    """Solve for every learner and divergence, print the tables, write results and figures."""
+    demo = demonstrator_of(s)
+    out = claim_folder(s.out, overwrite=True)
+    solutions = solve_all(demo, s.starts, s.seed)
     rows = summarise(demo, solutions)
-    print_tables(demo, rows)
     curves = {memory: horizon_curve(range(1, 25), memory) for memory in MEMORIES}
-    print("\nwhat SFT writes that nobody wrote (two styles, by dynamic programming):")
-    print(f"{'T':<34}" + "".join(f"{t:>7}" for t, *_ in curves[0][1::4]))
-    for memory, styles in ((0, "aaa... and bbb..."), (1, "aaa... and abcabc...")):
-        print(f"{MEMORIES[memory] + ', ' + styles:<34}"
-              + "".join(f"{share:>7.3f}" for _, share, _ in curves[memory][1::4]))
-    out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
-    results = {"settings": asdict(config), "demonstrator": describe(
-        demo, demonstrator_log_prob(demo)), "solutions": rows, "nobody_wrote": curves}
-    write_json(out / "results.json", results)
-    draw_pages(out / "token_mdp.png", demo, solutions)
-    draw_horizon(out / "token_mdp_horizon.png", curves)
-    print(f"\nwrote results.json, token_mdp.png and token_mdp_horizon.png to {out}")
+    print_tables(s, demo, rows, curves)
+    results = {"demonstrator": describe(demo, demonstrator_log_prob(demo)), "solutions": rows,
+               "nobody_wrote": curves}
+    write_world(out, s, results, {"token_mdp": draw_pages(demo, solutions),
+                                  "token_mdp_horizon": draw_horizon(curves)})
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)  # the tensors are small: a second thread costs more than it gives
     run_script(lambda: main(parse_settings(Settings)))
