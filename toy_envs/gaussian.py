@@ -47,37 +47,39 @@ def minimise(objective, start, tolerance=1e-7, steps=500, history=10):
     x = start.clone().requires_grad_()
     value = objective(x)
     now = [x.detach(), value.detach(), torch.autograd.grad(value.sum(), x)[0]]
-    active, pairs = now[2].norm(dim=1) >= tolerance, []      # pairs: step, change of the gradient
+    active, pairs, scale = now[2].norm(dim=1) >= tolerance, [], torch.ones_like(x[:, :1]).detach()
     for _ in range(steps):
         if not active.any():
             break
-        x, value, gradient = (old[active] for old in now)
-        direction = -inverse_hessian_times(gradient, [(s[active], y[active]) for s, y in pairs])
-        before, now = now, [old.clone() for old in now]
-        for new, rows in zip(now, backtrack(objective, x, value, gradient, direction)):
-            new[active] = rows
-        step = now[0] - before[0]
-        pairs = [*pairs, (step, now[2] - before[2])][-history:]
+        recent = [[rows[active] for rows in pair] for pair in pairs]
+        x, value, gradient = (rows[active] for rows in now)
+        direction = -inverse_hessian_times(gradient, recent, scale[active])
+        before, now = now, [rows.clone() for rows in now]
+        for rows, new in zip(now, backtrack(objective, x, value, gradient, direction)):
+            rows[active] = new
+        step, change = now[0] - before[0], now[2] - before[2]
+        bend = dot(step, change)
+        # a row of negative curvature sets rho = 0, which makes the recursion skip its pair
+        pairs = [*pairs, (step, change, torch.where(bend > 0, 1 / bend, 0.0))][-history:]
+        scale = torch.where(bend > 0, bend / dot(change, change), scale)
         active = active & (step != 0).any(1) & (now[2].norm(dim=1) >= tolerance)
     return now[0], now[1], now[2].norm(dim=1)
 
 
-def inverse_hessian_times(gradient, pairs):
-    """The two-loop recursion: the inverse Hessian that the pairs imply, times the gradient."""
-    def dot(a, b):
-        return (a * b).sum(1, keepdim=True)
+def dot(a, b):
+    """The inner product of each row: (R, P), (R, P) -> (R, 1)."""
+    return (a * b).sum(1, keepdim=True)
 
-    q, scale, steps = gradient, torch.ones_like(gradient[:, :1]), []
-    for s, y in reversed(pairs):
-        # a row of negative curvature sets rho = 0, which makes the recursion skip its pair
-        rho = torch.where(dot(s, y) > 0, 1 / dot(s, y), 0.0)
-        alpha = rho * dot(s, q)
-        q = q - alpha * y
-        steps.append((s, y, rho, alpha))
-    for s, y, rho, _ in reversed(steps):             # each row's newest pair sets its scale
-        scale = torch.where(rho > 0, 1 / (rho * dot(y, y)), scale)
+
+def inverse_hessian_times(q, pairs, scale):
+    """The two-loop recursion: scale times the identity, bent by the pairs (step, change of the
+    gradient, rho = 1 / their product), stands for the inverse Hessian and is applied to q (R, P)."""
+    alphas = []
+    for s, y, rho in reversed(pairs):
+        alphas.append(rho * dot(s, q))
+        q = q - alphas[-1] * y
     q = q * scale
-    for s, y, rho, alpha in reversed(steps):
+    for (s, y, rho), alpha in zip(pairs, reversed(alphas)):
         q = q + s * (alpha - rho * dot(y, q))
     return q
 
