@@ -72,8 +72,8 @@ def dot(a, b):
 
 
 def inverse_hessian_times(q, pairs, scale):
-    """The two-loop recursion: scale times the identity, bent by the pairs (step, change of the
-    gradient, rho = 1 / their product), stands for the inverse Hessian and is applied to q (R, P)."""
+    """The two-loop recursion: the inverse Hessian times q (R, P). It is scale times the identity,
+    bent by the pairs (step s, change y of the gradient, rho = 1 / s.y), the oldest first."""
     alphas = []
     for s, y, rho in reversed(pairs):
         alphas.append(rho * dot(s, q))

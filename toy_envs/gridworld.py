@@ -101,8 +101,7 @@ def marked(cells, character):
 
 def expect_next(P, V):
     """E[V(s') | s, a] = sum_s' P[s,a,s'] V(s'): (..., S) -> (..., S, A)."""
-    S, A, _ = P.shape
-    return (V @ P.reshape(S * A, S).T).reshape(*V.shape[:-1], S, A)
+    return torch.einsum("sap,...p->...sa", P, V)
 
 
 def occupancy(P, start, policy):
@@ -111,12 +110,10 @@ def occupancy(P, start, policy):
     rho[t,s,a] = mu_t(s) pi_t(a|s),  mu_0 = start,  mu_{t+1}(s') = sum_{s,a} rho[t,s,a] P[s,a,s'].
     policy (..., T, S, A) -> the same shape; each t sums to one, all of it to T (no discount).
     """
-    S, A, _ = P.shape
     mu, steps = start, []
     for pi in policy.unbind(-3):
-        rho = mu[..., None] * pi
-        steps.append(rho)
-        mu = rho.reshape(*rho.shape[:-2], S * A) @ P.reshape(S * A, S)
+        steps.append(mu[..., None] * pi)
+        mu = torch.einsum("...sa,sap->...p", steps[-1], P)
     return torch.stack(steps, dim=-3)
 
 
