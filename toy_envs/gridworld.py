@@ -99,11 +99,6 @@ def marked(cells, character):
 
 # ---- dynamic programming ------------------------------------------------------------------------
 
-def expect_next(P, V):
-    """E[V(s') | s, a] = sum_s' P[s,a,s'] V(s'): (..., S) -> (..., S, A)."""
-    return torch.einsum("sap,...p->...sa", P, V)
-
-
 def occupancy(P, start, policy):
     """How often each state and action come up at each time: the forward recurrence.
 
@@ -125,7 +120,7 @@ def advantage(P, reward, policy):
     """
     V, steps = torch.zeros_like(reward[..., 0]), []
     for pi in reversed(policy.unbind(-3)):
-        Q = reward + expect_next(P, V)
+        Q = reward + torch.einsum("sap,...p->...sa", P, V)
         V = (pi * Q).sum(-1)
         steps.append(Q - V[..., None])
     return torch.stack(steps[::-1], dim=-3)
@@ -134,14 +129,14 @@ def advantage(P, reward, policy):
 def soft_value_iteration(P, reward, horizon, temperature=1.0):
     """The policy of maximal return plus temperature times entropy, by soft value iteration.
 
-    V[t,s] = tau logsumexp_a Q[t,s,a] / tau,  pi_t(a|s) = exp((Q[t,s,a] - V[t,s]) / tau),  V[T] = 0.
-    With a chance in the dynamics this is *causal* entropy (Ziebart, Bagnell & Dey, ICML 2010): the
+    Q as in advantage,  V[t,s] = tau logsumexp_a Q[t,s,a] / tau,  pi_t(a|s) = exp((Q - V) / tau).
+    With chance in the dynamics this is *causal* entropy (Ziebart, Bagnell & Dey, ICML 2010): the
     paper of 2008 weighs whole paths and so credits a policy with luck; without slip they agree.
     reward (..., S, A) -> V (..., T, S) and policy (..., T, S, A).
     """
     V, values, policies = torch.zeros_like(reward[..., 0]), [], []
     for _ in range(horizon):
-        Q = reward + expect_next(P, V)
+        Q = reward + torch.einsum("sap,...p->...sa", P, V)
         V = temperature * torch.logsumexp(Q / temperature, -1)
         values.append(V)
         policies.append(torch.exp((Q - V[..., None]) / temperature))
@@ -193,12 +188,10 @@ def empirical_occupancy(states, actions, S, A):
 def behaviour_cloning(rho_demo, distance=None):
     """The maximum-likelihood policy pi(a|s) = rho_demo(s,a) / rho_demo(s): (..., S, A), for all t.
 
-    A state without data does not enter the likelihood: *no* policy there is likelier than another.
-    Uniform is what a softmax started at zero keeps (its gradient there is zero), and the limit of
-    add-alpha smoothing as alpha -> 0. A better answer must know something of the world: given a
-    distance (S, S), an unseen state copies the nearest seen one (ties: the first). That is
+    A state without data does not enter the likelihood: *no* policy there is likelier than another,
+    and a softmax started at zero stays uniform. A better answer must know something of the world:
+    given a distance (S, S), an unseen state copies the nearest seen one (ties: the first). That is
     knowledge of geometry, not yet of dynamics, and in an open field it goes a long way.
-    One policy for all t pools the counts: a policy per step would need T times the demonstrations.
     """
     seen = rho_demo.sum(-1)
     policy = torch.nan_to_num(rho_demo / seen[..., None], nan=1 / rho_demo.shape[-1])  # 0/0: unseen
@@ -247,9 +240,8 @@ def maxent_irl(P, start, rho_demo, horizon, precision, iterations=200):
     f_pi - f_demo + precision w, where the features f are the steps spent in each state, so that at
     precision 0 their expectations match. A state that no demonstration entered would then go to
     minus infinity: a normal prior of width sigma stops it, precision = 1 / (n sigma^2) for n walks.
-    rho_demo (..., S, A), precision broadcastable to (..., 1) -> w (..., S) in nats per step, an
-    estimate of golden / temperature (no more than that: V and w may trade off, and where nobody
-    came near, the prior's 0 stays), and its policy (..., T, S, A).
+    rho_demo (..., S, A), precision broadcastable to (..., 1) -> w (..., S) in nats per step, which
+    estimates golden / temperature where demonstrations came near, and its policy (..., T, S, A).
     """
     f_demo = rho_demo.sum(-1)
     w = torch.zeros_like(f_demo, requires_grad=True)

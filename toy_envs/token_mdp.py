@@ -218,12 +218,11 @@ def starting_points(demo, memory, count, generator):
 
     A mode-seeking optimum writes some of the styles; these starts look at each choice of them.
     """
-    contexts = sum(contexts_at(t, demo.letters, memory) for t in range(demo.length))
-    noise = torch.rand(count, contexts, demo.letters, generator=generator, dtype=torch.float64)
+    shape = sft_optimum(demo, memory).shape
+    noise = torch.rand(count, *shape, generator=generator, dtype=torch.float64)
     starts = [noise.log().neg()]                        # normalised: uniform on each simplex
     for size in range(1, len(demo.patterns) + 1):
-        for subset in itertools.combinations(range(len(demo.patterns)), size):
-            chosen = list(subset)
+        for chosen in map(list, itertools.combinations(range(len(demo.patterns)), size)):
             weights = demo.weights[chosen]
             some = Demonstrator(demo.patterns[chosen], weights / weights.sum(), demo.step[chosen])
             starts.append(sft_optimum(some, memory)[None] + 1e-3)

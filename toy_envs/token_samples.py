@@ -1,6 +1,6 @@
 """The token MDP from samples alone: SFT by likelihood, the other divergences by adversaries.
 
-token_mdp.py minimises every divergence exactly. Here the same memoryless learner sees only
+token_mdp.py minimises every divergence exactly. Here the memoryless learner sees only
 demonstrations and its own roll-outs: a discriminator is trained to tell the two apart, its logit h
 stands in for log beta - log pi, and the policy follows the policy gradient of r(h). The exact
 divergences, which the learner never sees, are tracked along the way, and each run is compared with
@@ -35,6 +35,7 @@ from dataclasses import dataclass
 
 import torch
 from torch.nn.functional import one_hot
+from torch.optim.lr_scheduler import LinearLR
 from tqdm import tqdm
 
 from divergences import (DIVERGENCES, FORWARD_KL, PEARSON_CHI2, discriminator_loss, f_divergence,
@@ -84,6 +85,13 @@ def sample_policy(log_pi, count, generator):
     return draw_letters(step.expand(-1, -1, count, -1), generator).movedim(0, -1)
 
 
+def descend(optimizer, loss):
+    """One step down the loss."""
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
 def fit_sft(demos, letters, steps=300, rate=0.1):
     """SFT by gradient descent on the negative log-likelihood of demos (B, T): logits (1, T, A).
 
@@ -93,9 +101,7 @@ def fit_sft(demos, letters, steps=300, rate=0.1):
     logits = torch.zeros(1, *frequency.shape, requires_grad=True)
     optimizer = torch.optim.Adam([logits], lr=rate)
     for _ in range(steps):
-        optimizer.zero_grad()
-        (-(frequency * logits.log_softmax(-1)).sum()).backward()
-        optimizer.step()
+        descend(optimizer, -(frequency * logits.log_softmax(-1)).sum())
     return logits.detach()
 
 
@@ -129,11 +135,6 @@ SIZES = (1000, 10_000, 100_000, 1_000_000)
 RATE_AND_STEPS = {"tabular": (0.3, 1000), "neural": (0.04, 400)}
 
 
-def falling_rate(optimizer, steps):
-    """The learning rate falls linearly to zero."""
-    return torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
-
-
 def discriminator_accuracy(demo, log_pi, sizes, kind, generator):
     """Train discriminators on `size` demonstrations and as many samples of log_pi (1, T, A), one
     run per size, and compare their logits with the exact log-ratio.
@@ -151,12 +152,10 @@ def discriminator_accuracy(demo, log_pi, sizes, kind, generator):
             for p in (log_beta, logp)]                                       # two of (R, N)
     parameters, logit = make(len(sizes), demo.length, demo.letters, generator)
     judge = torch.optim.Adam(parameters, lr=rate)
-    fall = falling_rate(judge, steps)
+    fall = LinearLR(judge, 1.0, 0.0, steps)
     for _ in tqdm(range(steps), desc=f"{kind} accuracy", disable=None, leave=False):
-        judge.zero_grad()
         h = logit(every)
-        discriminator_loss(h, h, weights_demo=seen[0], weights_policy=seen[1]).sum().backward()
-        judge.step()
+        descend(judge, discriminator_loss(h, h, *seen).sum())
         fall.step()
     h, exact, weights = h.detach().double(), log_beta - logp, (log_beta.exp() + logp.exp()) / 2
     covariance = torch.cov(torch.cat([h, exact[None]]), aweights=weights)    # (R + 1, R + 1)
@@ -210,25 +209,21 @@ def train_adversarially(demo, demos, logits, kind, s, generator, runs=RUNS):
         make, rate = DISCRIMINATORS[kind]
         parameters, logit = make(len(runs), demo.length, demo.letters, generator)
         judge = torch.optim.Adam(parameters, lr=rate)
-    fall = [falling_rate(optimizer, s.rounds) for optimizer in (writer, judge) if optimizer]
+    fall = [LinearLR(optimizer, 1.0, 0.0, s.rounds) for optimizer in (writer, judge) if optimizer]
     for step in tqdm(range(s.rounds), desc=kind, disable=None, leave=False):
         log_pi = logits.log_softmax(-1)
         if step % 10 == 0:
             track.append(log_pi.detach())
         own = sample_policy(log_pi, s.batch, generator)
         for _ in range(2 if judge else 0):
-            judge.zero_grad()
             theirs = resample(demos, s.batch, generator)
-            discriminator_loss(logit(theirs), logit(own)).sum().backward()
-            judge.step()
+            descend(judge, discriminator_loss(logit(theirs), logit(own)).sum())
         theirs = resample(demos, s.batch, generator).expand(len(runs), -1, -1)
         both = torch.cat([own, theirs], dim=1)
         logp = policy_log_prob(log_pi, both, memory=0)
         with torch.no_grad():
             h = logit(both) if judge else log_beta[sequence_index(both, demo.letters)] - logp
-        writer.zero_grad()
-        policy_gradient_loss(runs, h, logp, s.batch).backward()
-        writer.step()
+        descend(writer, policy_gradient_loss(runs, h, logp, s.batch))
         for rate in fall:
             rate.step()
     return logits.detach().log_softmax(-1), torch.stack(track)
