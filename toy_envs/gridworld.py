@@ -108,7 +108,7 @@ def occupancy(P, start, policy):
     mu, steps = start, []
     for pi in policy.unbind(-3):
         steps.append(mu[..., None] * pi)
-        mu = torch.einsum("...sa,sap->...p", steps[-1], P)
+        mu = torch.tensordot(steps[-1], P, dims=2)  # over s and a
     return torch.stack(steps, dim=-3)
 
 
