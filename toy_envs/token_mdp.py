@@ -8,9 +8,10 @@ token_samples.py the same learners see samples only.
 
     python -m toy_envs.token_mdp
 
-Shapes: K styles, T letters in a sequence, A letters in the alphabet, N = A^T sequences, C contexts
-(t, last min(t, memory) letters), R rows (starts or runs) side by side, B sequences of one row. All
-sequences are listed in dictionary order: the index of one is its letters read as a base-A number.
+Shapes: K styles, T letters in a sequence, A letters in the alphabet, N = A^T sequences,
+M = A^memory contexts (the last `memory` letters; before the first, all count as a), R rows (starts
+or runs) side by side, B sequences of one row. Sequences and contexts are listed in dictionary
+order: the index of one is its letters read as a base-A number.
 Log-probabilities and KLs are in nats per sequence.
 """
 
@@ -96,35 +97,28 @@ def check_enumerable(length, letters):
     """Refuse, before memory is touched, an MDP with more sequences than can be listed."""
     require(length >= 1, f"a sequence needs at least 1 letter, got {length}")
     require(letters ** length <= MAX_SEQUENCES,
-            f"{letters} letters and {length} steps make {letters ** length} "
-            f"sequences; the limit for listing them all is {MAX_SEQUENCES}")
+            f"{letters} letters and {length} steps make {letters}^{length} sequences; "
+            f"the limit for listing them all is {MAX_SEQUENCES}")
 
 
-def contexts_at(t, letters, memory):
-    """How many contexts a learner of this memory tells apart at step t."""
-    return letters ** min(t, memory)
-
-
-def sequence_log_prob(log_pi, length, memory):
+def sequence_log_prob(log_pi):
     """log pi(y) of every sequence, by extending every prefix with every letter.
 
-    log_pi: (R, C, A), log pi(a | t, last letters), contexts of step 0 first. Returns (R, N).
+    log_pi: (R, T, M, A), log pi(a | t, context). Returns (R, N).
     """
-    rows, _, letters = log_pi.shape
+    rows, length, contexts, letters = log_pi.shape
     check_enumerable(length, letters)
-    logp, first = log_pi.new_zeros(rows, 1), 0
+    logp = log_pi.new_zeros(rows, 1)
     for t in range(length):
-        size = contexts_at(t, letters, memory)
-        table = log_pi[:, None, first:first + size]           # (R, 1, size, A)
+        size = min(letters ** t, contexts)
         # prefixes in dictionary order: those that share their last letters are `size` apart
-        logp = (logp.view(rows, -1, size, 1) + table).view(rows, -1)
-        first += size
+        logp = (logp.view(rows, -1, size, 1) + log_pi[:, t, None, :size]).view(rows, -1)
     return logp
 
 
 def demonstrator_log_prob(demo):
     """log beta(y) of every sequence: (N,)."""
-    styles = sequence_log_prob(demo.step.log(), demo.length, memory=0)
+    styles = sequence_log_prob(demo.step.log()[:, :, None])
     return torch.logsumexp(styles + demo.weights.log()[:, None], dim=0)
 
 
@@ -140,81 +134,69 @@ def sequence_index(sequences, letters):
     return (sequences * powers).sum(-1)
 
 
-def context_index(sequences, letters, memory):
-    """The row of log_pi (R, C, A) that each step of the sequences (..., T) is written from."""
-    context, first, rows = torch.zeros_like(sequences[..., 0]), 0, []
-    for t in range(sequences.shape[-1]):
-        rows.append(first + context)
-        first += contexts_at(t, letters, memory)
-        context = (context * letters + sequences[..., t]) % contexts_at(t + 1, letters, memory)
-    return torch.stack(rows, dim=-1)
-
-
-def policy_log_prob(log_pi, sequences, memory):
-    """log pi(y) of given sequences, also where T is too large to list all: log_pi (R, C, A),
+def policy_log_prob(log_pi, sequences):
+    """log pi(y) of given sequences, also where T is too large to list all: log_pi (R, T, M, A),
     sequences (R or 1, B, T). Returns (R, B)."""
-    letters = log_pi.shape[-1]
-    cell = context_index(sequences, letters, memory) * letters + sequences   # (R or 1, B, T)
-    cell = cell.expand(len(log_pi), -1, -1)
-    return log_pi.flatten(1).gather(1, cell.flatten(1)).view(cell.shape).sum(-1)
+    rows, _, contexts, letters = log_pi.shape
+    row, context, logp = torch.arange(rows)[:, None], torch.zeros_like(sequences[..., 0]), 0.0
+    for t, letter in enumerate(sequences.unbind(-1)):
+        logp = logp + log_pi[row, t, context, letter]
+        context = (context * letters + letter) % contexts
+    return logp
 
 
 # ---- dynamic programming, for any T -------------------------------------------------------------
 
-def occupancies(pi, length, memory):
-    """rho[r, c, a] = P(step t is written from context c, letter a), c = (t, last letters).
+def occupancies(pi):
+    """rho[r, t, c, a] = P(step t is written from context c, letter a), by one pass forwards.
 
-    pi: (R, C, A) probabilities. One forward pass over the contexts, no sequences listed; it sums
-    to T for each row. Returns (R, C, A).
+    pi: (R, T, M, A) probabilities. No sequences are listed; each step sums to 1. The same shape.
     """
-    rows, _, letters = pi.shape
-    state, first, rho = pi.new_ones(rows, 1), 0, []
+    rows, length, contexts, letters = pi.shape
+    state, rho = torch.eye(contexts, dtype=pi.dtype)[:1].expand(rows, -1), []
     for t in range(length):
-        size = contexts_at(t, letters, memory)
-        rho.append(state[:, :, None] * pi[:, first:first + size])            # (R, size, A)
+        rho.append(state[:, :, None] * pi[:, t])                             # (R, M, A)
         # forgetting the oldest letter sums over it: it is the leading digit of the context
-        state = rho[-1].reshape(rows, -1, contexts_at(t + 1, letters, memory)).sum(1)
-        first += size
-    return torch.cat(rho, dim=1)
+        state = rho[-1].reshape(rows, letters, contexts).sum(1)
+    return torch.stack(rho, dim=1)
 
 
 def demonstrator_occupancies(demo, memory):
-    """The demonstrator's occupancies of a learner's contexts: (C, A). A style needs no memory."""
-    sizes = [contexts_at(t, demo.letters, memory) for t in range(demo.length)]
-    step = demo.step.repeat_interleave(torch.tensor(sizes), dim=1)           # (K, C, A)
-    return (demo.weights[:, None, None] * occupancies(step, demo.length, memory)).sum(0)
+    """The demonstrator's occupancies of a learner's contexts: (T, M, A). A style needs none."""
+    step = demo.step[:, :, None].expand(-1, -1, demo.letters ** memory, -1)
+    return torch.einsum("k,ktma->tma", demo.weights, occupancies(step))
 
 
 def sft_optimum(demo, memory):
-    """The policy of least forward KL, in closed form: pi = rho_beta(c, a) / rho_beta(c), (C, A).
+    """The policy of least forward KL, in closed form: pi = rho_beta(t, c, a) / rho_beta(t, c).
 
-    A context that the demonstrator never visits gets the uniform distribution.
+    A context that the demonstrator never visits gets the uniform distribution. (T, M, A).
     """
     rho = demonstrator_occupancies(demo, memory)
     visits = rho.sum(-1, keepdim=True)
     return torch.where(visits > 0, rho / visits, 1 / demo.letters)
 
 
-def nobody_wrote(pi, demo, memory):
-    """Mass on sequences that are no style's pattern, for any T: pi (C, A). Returns a float."""
-    written = policy_log_prob(pi.log()[None], demo.patterns.unique(dim=0)[None], memory).exp()
+def nobody_wrote(pi, demo):
+    """Mass on sequences that are no style's pattern, for any T: pi (T, M, A). Returns a float."""
+    written = policy_log_prob(pi.log()[None], demo.patterns.unique(dim=0)[None]).exp()
     return 1 - written.sum().item()
 
 
 # ---- exact solutions ----------------------------------------------------------------------------
 
-def policy_from_roots(z, letters):
-    """log pi (R, C, A) from parameters z (R, C*A): pi = z^2 / sum z^2 in each context.
+def policy_from_roots(z):
+    """log pi (R, T, M, A) from parameters z of that shape: pi = z^2 / sum z^2 in each context.
 
     In z = sqrt(pi) the Fisher metric is Euclidean, so that steps in z are natural-gradient steps:
     logits would be flat wherever a letter is rare, and saturate after one large step.
     """
-    square = z.view(len(z), -1, letters).square()
+    square = z.square()
     return square.log() - square.sum(-1, keepdim=True).log()
 
 
 def starting_points(demo, memory, count, generator):
-    """log pi (R, C, A): `count` random policies, and the SFT optimum of every set of styles.
+    """log pi (R, T, M, A): `count` random policies, and the SFT optimum of every set of styles.
 
     A mode-seeking optimum writes some of the styles; these starts look at each choice of them.
     """
@@ -230,24 +212,26 @@ def starting_points(demo, memory, count, generator):
     return (pi / pi.sum(-1, keepdim=True)).log()
 
 
-def solve_exactly(demo, memory, divergence, start):
-    """Minimise D_f(beta || pi) over all policies of this memory, from log pi (R, C, A) each.
+def solve_exactly(demo, divergence, start):
+    """Minimise D_f(beta || pi) over all policies of one memory, from log pi (R, T, M, A) each.
 
-    Returns log pi (R, C, A), D_f (R,) and gradient norms (R,), the least D_f first. With full
+    Returns log pi (R, T, M, A), D_f (R,) and gradient norms (R,), the least D_f first. With full
     memory nothing is left to solve: pi = beta, at which every divergence is zero.
     """
+    def policy(z):
+        return policy_from_roots(z.view(-1, *start.shape[1:]))
+
     z, value, gradient_norm = solve(
-        divergence, demonstrator_log_prob(demo),
-        lambda z: sequence_log_prob(policy_from_roots(z, demo.letters), demo.length, memory),
+        divergence, demonstrator_log_prob(demo), lambda z: sequence_log_prob(policy(z)),
         (start / 2).exp().flatten(1), deltas=(0.1, 0.01))
     order = value.argsort()
-    return policy_from_roots(z, demo.letters)[order], value[order], gradient_norm[order]
+    return policy(z)[order], value[order], gradient_norm[order]
 
 
-def styles_found(demo, log_pi, memory, share=0.1):
+def styles_found(demo, log_pi, share=0.1):
     """{"1+3": starts, ...}: which styles, counted from 1, each start ends up writing: those whose
-    pattern gets at least `share` of its probability under the demonstrator. log_pi (R, C, A)."""
-    mass = policy_log_prob(log_pi, demo.patterns[None], memory).exp()        # (R, K)
+    pattern gets at least `share` of its probability under the demonstrator."""
+    mass = policy_log_prob(log_pi, demo.patterns[None]).exp()        # (R, K)
     in_beta = demonstrator_log_prob(demo)[sequence_index(demo.patterns, demo.letters)].exp()
     return dict(Counter("+".join(str(k + 1) for k, yes in enumerate(row) if yes) or "none"
                         for row in (mass >= share * in_beta).tolist()))
@@ -270,13 +254,13 @@ def describe(demo, logp, samples=1000):
 
 
 def solve_all(demo, starts, seed, memories=tuple(MEMORIES)):
-    """{(memory, divergence name): (log pi (R, C, A), D_f (R,), gradient norms (R,))}."""
+    """{(memory, divergence name): (log pi (R, T, M, A), D_f (R,), gradient norms (R,))}."""
     generator, solutions = torch.Generator().manual_seed(seed), {}
     for memory in memories:
         start = starting_points(demo, memory, starts, generator)
         for name, divergence in tqdm(DIVERGENCES.items(), desc=MEMORIES[memory], disable=None,
                                      leave=False):
-            solutions[memory, name] = solve_exactly(demo, memory, divergence, start)
+            solutions[memory, name] = solve_exactly(demo, divergence, start)
     return solutions
 
 
@@ -285,12 +269,12 @@ def summarise(demo, solutions):
     starts spread, and D of every divergence at that optimum (the cross table)."""
     log_beta, rows = demonstrator_log_prob(demo), []
     for (memory, name), (log_pi, value, gradient_norm) in solutions.items():
-        logp = sequence_log_prob(log_pi[:1], demo.length, memory)[0]
+        logp = sequence_log_prob(log_pi[:1])[0]
         rows.append({
             "memory": memory, "minimised": name, "value": value[0].item(),
             "gradient_norm": gradient_norm[0].item(),
             "converged": (gradient_norm < 1e-6).sum().item(), "starts": len(value),
-            "found": styles_found(demo, log_pi, memory), **describe(demo, logp),
+            "found": styles_found(demo, log_pi), **describe(demo, logp),
             "cross": {other: f_divergence(d, log_beta, logp).item()
                       for other, d in DIVERGENCES.items()}})
     return rows
@@ -307,7 +291,7 @@ def horizon_curve(lengths, memory):
         other = "b" * length if memory == 0 else ("abc" * length)[:length]
         demo = make_demonstrator(["a" * length, other], [0.5, 0.5], 0.0, 3)
         crossings = max(length - 1 if memory == 0 else (length - 2) // 3, 0)
-        curve.append((length, nobody_wrote(sft_optimum(demo, memory), demo, memory),
+        curve.append((length, nobody_wrote(sft_optimum(demo, memory), demo),
                       1 - 2.0 ** -crossings))
     return curve
 
@@ -328,9 +312,9 @@ def print_tables(s, demo, rows, curves):
         print(f"\n{'learner: ' + title:<20}{'D_f':>8}{'precision':>11}{'recall':>8}{'entropy':>9}"
               "  found")
         for label, row in [("demonstrator", own), *mine]:
-            found = "".join(f" {styles}:{count}" for styles, count in row["found"].items())
+            found = " ".join(f"{styles}:{n}" for styles, n in row["found"].items())
             print(f"{label:<20}{row['value']:>8.3f}{row['precision']:>11.3f}"
-                  f"{row['recall']:>8.3f}{row['entropy']:>9.3f} {found}")
+                  f"{row['recall']:>8.3f}{row['entropy']:>9.3f}  {found}".rstrip())
         print(f"\nevery divergence of every solution ({title}):")
         print(f"{'minimised':<17}" + "".join(f"{name:>9}" for name in SHORT))
         for label, row in mine:
@@ -377,7 +361,7 @@ def draw_pages(demo, solutions):
                   "demonstrator and\nfull-memory learner")
         line[0].set_ylabel(f"learner: {learner}", fontsize=10)
         for axes, (name, divergence) in zip(line[1:], DIVERGENCES.items()):
-            logp = sequence_log_prob(solutions[memory, name][0][:1], demo.length, memory)[0]
+            logp = sequence_log_prob(solutions[memory, name][0][:1])[0]
             draw_page(axes, demo, logp, divergence.label + "\n")
     figure.suptitle("what each learner writes, by the divergence minimised "
                     "(faded: sequences that no style means to write)", fontsize=10)

@@ -27,7 +27,7 @@ What came out, over three seeds, in the divergence's unit above the exact optimu
     that it has not seen; 0.4 with the exact log-ratio, whose rewards down to -e^13 for what nobody
     writes leave the optimiser little step for the rest.
 
-Shapes: R runs side by side, B samples of one run, T letters in a sequence, A letters, C contexts,
+Shapes: R runs side by side, B samples of one run, T letters in a sequence, A letters, one context,
 N = A^T sequences. Divergences are per sequence, in nats for the KLs.
 """
 
@@ -80,8 +80,8 @@ def resample(demos, count, generator):
 
 
 def sample_policy(log_pi, count, generator):
-    """Sequences (R, count, T) rolled out from memoryless policies log_pi (R, T, A)."""
-    step = log_pi.detach().exp().movedim(1, 0)[:, :, None]                   # (T, R, 1, A)
+    """Sequences (R, count, T) rolled out from memoryless policies log_pi (R, T, 1, A)."""
+    step = log_pi.detach().exp().movedim(1, 0)                               # (T, R, 1, A)
     return draw_letters(step.expand(-1, -1, count, -1), generator).movedim(0, -1)
 
 
@@ -93,11 +93,11 @@ def descend(optimizer, loss):
 
 
 def fit_sft(demos, letters, steps=300, rate=0.1):
-    """SFT by gradient descent on the negative log-likelihood of demos (B, T): logits (1, T, A).
+    """SFT by gradient descent on the negative log-likelihood of demos (B, T): logits (1, T, 1, A).
 
     A memoryless likelihood asks of the demonstrations only how often each letter is at each step.
     """
-    frequency = one_hot(demos, letters).float().mean(0)
+    frequency = one_hot(demos, letters).float().mean(0)[:, None]             # (T, 1, A)
     logits = torch.zeros(1, *frequency.shape, requires_grad=True)
     optimizer = torch.optim.Adam([logits], lr=rate)
     for _ in range(steps):
@@ -136,8 +136,8 @@ RATE_AND_STEPS = {"tabular": (0.3, 1000), "neural": (0.04, 400)}
 
 
 def discriminator_accuracy(demo, log_pi, sizes, kind, generator):
-    """Train discriminators on `size` demonstrations and as many samples of log_pi (1, T, A), one
-    run per size, and compare their logits with the exact log-ratio.
+    """Train discriminators on `size` demonstrations and as many samples of log_pi (1, T, 1, A),
+    one run per size, and compare their logits with the exact log-ratio.
 
     Returns a dict: the logits h (R, N), the exact log-ratio (N,), weights (N,), and per run the
     correlation of the two and the root mean square error in nats. Both are weighted with
@@ -145,7 +145,7 @@ def discriminator_accuracy(demo, log_pi, sizes, kind, generator):
     """
     (make, _), (rate, steps) = DISCRIMINATORS[kind], RATE_AND_STEPS[kind]
     log_beta = demonstrator_log_prob(demo)
-    logp = sequence_log_prob(log_pi, demo.length, memory=0)[0]
+    logp = sequence_log_prob(log_pi)[0]
     every = all_sequences(demo.length, demo.letters)[None]                   # (1, N, T)
     seen = [torch.stack([torch.multinomial(p.exp(), size, replacement=True, generator=generator)
                          .bincount(minlength=len(p)) / size for size in sizes]).float()
@@ -192,15 +192,15 @@ def policy_gradient_loss(runs, h, logp, batch):
 
 
 def train_adversarially(demo, demos, logits, kind, s, generator, runs=RUNS):
-    """Imitate demos (B, T) in every run side by side, from the policy logits (1, T, A).
+    """Imitate demos (B, T) in every run side by side, from the policy logits (1, T, 1, A).
 
     Each round: roll out every policy; two steps of its discriminator on fresh demonstrations and
     those roll-outs; one policy-gradient step. Both rates fall linearly to zero.
     kind: a key of DISCRIMINATORS, or "exact", a control that no learner has: h is the exact
     log-ratio, and what then still goes wrong is the policy gradient's own noise.
-    Returns the last log pi (R, T, A), and log pi before every tenth round (rounds / 10, R, T, A).
+    Returns the last log pi (R, T, 1, A), and a stack of those before every tenth round.
     """
-    logits, track = logits.repeat(len(runs), 1, 1).requires_grad_(), []
+    logits, track = logits.repeat(len(runs), 1, 1, 1).requires_grad_(), []
     # a short memory of the gradient's size: chi2 rewards start a millionfold larger than they end
     writer = torch.optim.Adam([logits], lr=0.05, betas=(0.9, 0.95))
     if kind == "exact":
@@ -220,7 +220,7 @@ def train_adversarially(demo, demos, logits, kind, s, generator, runs=RUNS):
             descend(judge, discriminator_loss(logit(theirs), logit(own)).sum())
         theirs = resample(demos, s.batch, generator).expand(len(runs), -1, -1)
         both = torch.cat([own, theirs], dim=1)
-        logp = policy_log_prob(log_pi, both, memory=0)
+        logp = policy_log_prob(log_pi, both)
         with torch.no_grad():
             h = logit(both) if judge else log_beta[sequence_index(both, demo.letters)] - logp
         descend(writer, policy_gradient_loss(runs, h, logp, s.batch))
@@ -247,11 +247,11 @@ def imitate(demo, demos, s, generator):
     {the same: D_f before every tenth round}.
     """
     log_beta, rows, tracks = demonstrator_log_prob(demo), {}, {}
-    exact = {name: (sequence_log_prob(log_pi, demo.length, memory=0), values)
+    exact = {name: (sequence_log_prob(log_pi), values)
              for (_, name), (log_pi, values, _) in solve_all(demo, s.starts, s.seed, (0,)).items()}
 
     def add_row(kind, divergence, source, log_pi):
-        logp = sequence_log_prob(log_pi[None].double(), demo.length, memory=0)[0]
+        logp = sequence_log_prob(log_pi[None].double())[0]
         value = f_divergence(divergence, log_beta, logp).item()
         optimum = nearest_optimum(logp, *exact[divergence.name])
         rows[kind, divergence.name, source] = {
@@ -264,7 +264,7 @@ def imitate(demo, demos, s, generator):
         log_pi, track = train_adversarially(demo, demos, sft, kind, s, generator)
         for i, (divergence, source) in enumerate(RUNS):
             add_row(kind, divergence, source, log_pi[i])
-            logp = sequence_log_prob(track[:, i].double(), demo.length, memory=0)
+            logp = sequence_log_prob(track[:, i].double())
             tracks[kind, divergence.name, source] = f_divergence(divergence, log_beta, logp)
     return rows, tracks
 
