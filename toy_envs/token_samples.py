@@ -224,8 +224,8 @@ def train_adversarially(demo, demos, logits, kind, s, generator, runs=RUNS):
         with torch.no_grad():
             h = logit(both) if judge else log_beta[sequence_index(both, demo.letters)] - logp
         descend(writer, policy_gradient_loss(runs, h, logp, s.batch))
-        for rate in fall:
-            rate.step()
+        for schedule in fall:
+            schedule.step()
     return logits.detach().log_softmax(-1), torch.stack(track)
 
 
