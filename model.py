@@ -27,6 +27,12 @@ class InputError(ValueError):
     """The user's input is at fault: scripts print it as one line and exit with status 2."""
 
 
+def require(good, message):
+    """InputError with this message unless the condition is good."""
+    if not good:
+        raise InputError(message)
+
+
 # ---- the transformer (names and layout of GPT-2) ------------------------------------------------
 
 @dataclass

@@ -112,7 +112,7 @@ def test_solve_returns_the_unsmoothed_divergence():
         return torch.cat([two, torch.full_like(two[:, :1], -math.log(3))], dim=1)
     for name, expected in (("forward_kl", 0.5 * math.log(1.5) + 0.5 * math.log(0.75)),
                            ("total_variation", 1 / 6)):
-        _, value, _ = solve(DIVERGENCES[name], log_beta, log_policy, start)
+        _, value, _ = solve(DIVERGENCES[name], log_beta, log_policy, start, (0.1, 0.01, 0.001))
         assert value.item() == pytest.approx(expected, abs=1e-6)
 
 

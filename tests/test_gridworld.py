@@ -10,7 +10,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, softplus
 
 from model import InputError
 from toy_envs import gridworld as g
-from train import run_script
+from train import parse_settings, run_script
 
 WORLD = g.read_map(g.MAP, slip=0.2)
 T = 12
@@ -328,12 +328,12 @@ def test_intervals_use_students_t(n, quantile):
 def test_bad_settings_are_refused_in_one_line(argv, capsys):
     """Failing: a mistyped flag ends in a traceback, or in swapping."""
     with pytest.raises(SystemExit) as stop:
-        run_script(lambda: g.main(argv))
+        run_script(lambda: g.main(parse_settings(g.Settings, argv)))
     assert stop.value.code == 2
     message = capsys.readouterr().err
     assert message.startswith("error: ") and message.count("\n") == 1
     with pytest.raises(InputError):
-        g.main(argv)
+        g.main(parse_settings(g.Settings, argv))
 
 
 def test_the_claim_and_the_files(tmp_path, capsys):
@@ -343,7 +343,7 @@ def test_the_claim_and_the_files(tmp_path, capsys):
     matching still wins. Margins: the 95% intervals of six seeds do not touch.
     """
     out = tmp_path / "grid"
-    g.main(["--seeds", "6", "--demos", "1,100", "--out", str(out)])
+    g.main(g.Settings(seeds=6, demos="1,100", out=str(out)))
     got = json.loads((out / "results.json").read_text())
     (few, many), (few_half, many_half) = got["BC"]["failure"]
     for name in ("matching KL", "matching JS"):

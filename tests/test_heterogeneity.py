@@ -9,7 +9,7 @@ import torch
 
 from model import InputError
 from toy_envs import heterogeneity as h
-from train import run_script
+from train import parse_settings, run_script
 
 COV = torch.tensor([[1, 0.4], [0.4, 0.8]], dtype=torch.float64)
 SMALL = h.Settings(seeds=4, samples=2000, prompts=250)
@@ -191,20 +191,19 @@ def test_init_sft_loses_once_sft_learns_the_mark():
 def test_bad_settings_are_refused_in_one_line(argv, capsys):
     """Failing: a mistyped flag ends in a traceback, or in swapping."""
     with pytest.raises(SystemExit) as stop:
-        run_script(lambda: h.main(argv))
+        run_script(lambda: h.main(parse_settings(h.Settings, argv)))
     assert stop.value.code == 2
     message = capsys.readouterr().err
     assert message.startswith("error: ") and message.count("\n") == 1
     with pytest.raises(InputError):
-        h.main(argv)
+        h.main(parse_settings(h.Settings, argv))
 
 
 def test_the_script_writes_its_files_and_repeats_itself(tmp_path, capsys):
     """Failing: the same seed gives other numbers, or the table does not fit a terminal."""
     results = []
     for name in ("a", "b"):
-        h.main(["--seeds", "2", "--samples", "200", "--prompts", "200",
-                "--out", str(tmp_path / name)])
+        h.main(h.Settings(seeds=2, samples=200, prompts=200, out=str(tmp_path / name)))
         got = json.loads((tmp_path / name / "results.json").read_text())
         results.append({key: value for key, value in got.items() if key != "settings"})
         assert (tmp_path / name / "heterogeneity.png").stat().st_size > 10_000

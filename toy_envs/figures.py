@@ -4,10 +4,12 @@ The palette is Okabe and Ito's, which the colour-blind can tell apart and which 
 grey. matplotlib is an extra: it is imported when the first figure is drawn, not before.
 """
 
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
+from model import write_json
 from reward import CONTROLS, mean_ci
 from toy_envs.truth import WRITERS, name_of
 
@@ -53,6 +55,14 @@ def save_figure(figure, path):
     aside.replace(path)
     pyplot().close(figure)
     return path
+
+
+def write_world(out, settings, results, figures):
+    """A toy world's results.json, its settings first, and {name: figure} as name.png: in out."""
+    write_json(out / "results.json", {"settings": asdict(settings), **results})
+    for name, figure in figures.items():
+        save_figure(figure, out / f"{name}.png")
+    print(f"\nwritten to {out}: results.json, " + ", ".join(f"{name}.png" for name in figures))
 
 
 # ---- a run of afd.py: tables and figures --------------------------------------------------------

@@ -22,15 +22,14 @@ expectations computed: only the walks are sampled.
 """
 
 import math
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 from torch.nn.functional import softplus
 
-from model import InputError, write_json
+from model import InputError, claim_folder, require
 from reward import student_t
-from toy_envs.figures import COLORS, pyplot, save_figure
+from toy_envs.figures import COLORS, pyplot, write_world
 from train import parse_settings, run_script, setting
 
 # S start, G goal, x lava; u and l are the gates of the upper and of the lower route, free cells.
@@ -43,11 +42,6 @@ MAP = ("....u....",
        "....l....",
        "....l....")
 MOVES = ((-1, 0), (0, 1), (1, 0), (0, -1))  # up, right, down, left as (row, column)
-METHODS = {  # name: colour, line style; BC minimises the forward KL, state by state
-    "BC": (COLORS["forward_kl"], "-"), "BC nearest": (COLORS["forward_kl"], "--"),
-    "matching KL": (COLORS["reverse_kl"], "-"), "matching JS": (COLORS["jensen_shannon"], "-"),
-    "MaxEnt IRL": (COLORS["length"], "-"),
-}
 MAX_ENTRIES = 5_000_000  # of one policy[B,t,s,a]: a run holds about a dozen arrays of this size
 
 
@@ -105,24 +99,16 @@ def marked(cells, character):
 
 # ---- dynamic programming ------------------------------------------------------------------------
 
-def expect_next(P, V):
-    """E[V(s') | s, a] = sum_s' P[s,a,s'] V(s'): (..., S) -> (..., S, A)."""
-    S, A, _ = P.shape
-    return (V @ P.reshape(S * A, S).T).reshape(*V.shape[:-1], S, A)
-
-
 def occupancy(P, start, policy):
     """How often each state and action come up at each time: the forward recurrence.
 
     rho[t,s,a] = mu_t(s) pi_t(a|s),  mu_0 = start,  mu_{t+1}(s') = sum_{s,a} rho[t,s,a] P[s,a,s'].
     policy (..., T, S, A) -> the same shape; each t sums to one, all of it to T (no discount).
     """
-    S, A, _ = P.shape
     mu, steps = start, []
     for pi in policy.unbind(-3):
-        rho = mu[..., None] * pi
-        steps.append(rho)
-        mu = rho.reshape(*rho.shape[:-2], S * A) @ P.reshape(S * A, S)
+        steps.append(mu[..., None] * pi)
+        mu = torch.tensordot(steps[-1], P, dims=2)  # over s and a
     return torch.stack(steps, dim=-3)
 
 
@@ -134,7 +120,7 @@ def advantage(P, reward, policy):
     """
     V, steps = torch.zeros_like(reward[..., 0]), []
     for pi in reversed(policy.unbind(-3)):
-        Q = reward + expect_next(P, V)
+        Q = reward + torch.einsum("sap,...p->...sa", P, V)
         V = (pi * Q).sum(-1)
         steps.append(Q - V[..., None])
     return torch.stack(steps[::-1], dim=-3)
@@ -143,20 +129,17 @@ def advantage(P, reward, policy):
 def soft_value_iteration(P, reward, horizon, temperature=1.0):
     """The policy of maximal return plus temperature times entropy, by soft value iteration.
 
-    V[t,s] = tau logsumexp_a Q[t,s,a] / tau,  pi_t(a|s) = exp((Q[t,s,a] - V[t,s]) / tau),  V[T] = 0.
-    With a chance in the dynamics this is *causal* entropy (Ziebart, Bagnell & Dey, ICML 2010): the
+    Q as in advantage,  V[t,s] = tau logsumexp_a Q[t,s,a] / tau,  pi_t(a|s) = exp((Q - V) / tau).
+    With chance in the dynamics this is *causal* entropy (Ziebart, Bagnell & Dey, ICML 2010): the
     paper of 2008 weighs whole paths and so credits a policy with luck; without slip they agree.
     reward (..., S, A) -> V (..., T, S) and policy (..., T, S, A).
     """
     V, values, policies = torch.zeros_like(reward[..., 0]), [], []
     for _ in range(horizon):
-        Q = reward + expect_next(P, V)
-        top = Q.amax(-1, keepdim=True)  # logsumexp by hand: its exponentials are the policy as well
-        weight = torch.exp((Q - top) / temperature)
-        total = weight.sum(-1, keepdim=True)
-        V = (top + temperature * torch.log(total))[..., 0]
+        Q = reward + torch.einsum("sap,...p->...sa", P, V)
+        V = temperature * torch.logsumexp(Q / temperature, -1)
         values.append(V)
-        policies.append(weight / total)
+        policies.append(torch.exp((Q - V[..., None]) / temperature))
     return torch.stack(values[::-1], dim=-2), torch.stack(policies[::-1], dim=-3)
 
 
@@ -205,12 +188,10 @@ def empirical_occupancy(states, actions, S, A):
 def behaviour_cloning(rho_demo, distance=None):
     """The maximum-likelihood policy pi(a|s) = rho_demo(s,a) / rho_demo(s): (..., S, A), for all t.
 
-    A state without data does not enter the likelihood: *no* policy there is likelier than another.
-    Uniform is what a softmax started at zero keeps (its gradient there is zero), and the limit of
-    add-alpha smoothing as alpha -> 0. A better answer must know something of the world: given a
-    distance (S, S), an unseen state copies the nearest seen one (ties: the first). That is
+    A state without data does not enter the likelihood: *no* policy there is likelier than another,
+    and a softmax started at zero stays uniform. A better answer must know something of the world:
+    given a distance (S, S), an unseen state copies the nearest seen one (ties: the first). That is
     knowledge of geometry, not yet of dynamics, and in an open field it goes a long way.
-    One policy for all t pools the counts: a policy per step would need T times the demonstrations.
     """
     seen = rho_demo.sum(-1)
     policy = torch.nan_to_num(rho_demo / seen[..., None], nan=1 / rho_demo.shape[-1])  # 0/0: unseen
@@ -259,9 +240,8 @@ def maxent_irl(P, start, rho_demo, horizon, precision, iterations=200):
     f_pi - f_demo + precision w, where the features f are the steps spent in each state, so that at
     precision 0 their expectations match. A state that no demonstration entered would then go to
     minus infinity: a normal prior of width sigma stops it, precision = 1 / (n sigma^2) for n walks.
-    rho_demo (..., S, A), precision broadcastable to (..., 1) -> w (..., S) in nats per step, an
-    estimate of golden / temperature (no more than that: V and w may trade off, and where nobody
-    came near, the prior's 0 stays), and its policy (..., T, S, A).
+    rho_demo (..., S, A), precision broadcastable to (..., 1) -> w (..., S) in nats per step, which
+    estimates golden / temperature where demonstrations came near, and its policy (..., T, S, A).
     """
     f_demo = rho_demo.sum(-1)
     w = torch.zeros_like(f_demo, requires_grad=True)
@@ -308,19 +288,15 @@ def checked_counts(s):
         counts = sorted({int(word) for word in s.demos.split(",")})
     except ValueError:
         raise InputError(f"--demos {s.demos}: expected whole numbers, like 1,10,100") from None
+    require(counts[0] >= 1, f"--demos {s.demos}: each must be at least 1")
+    require(s.seeds >= 2, f"--seeds {s.seeds}: an interval needs at least 2")
+    require(min(s.horizon, s.rounds) >= 1, "--horizon and --rounds must be at least 1")
+    require(0 <= s.slip <= 1, f"--slip {s.slip}: a probability lies between 0 and 1")
+    require(0 < s.temperature < math.inf and 0 < s.step < math.inf,
+            "--temperature and --step must be above 0 and finite")
     entries = s.seeds * s.horizon * max(len(counts) * len("".join(MAP)) * 4, counts[-1])
-    for good, message in (
-            (counts[0] >= 1, f"--demos {s.demos}: each must be at least 1"),
-            (s.seeds >= 2, f"--seeds {s.seeds}: an interval needs at least 2"),
-            (s.horizon >= 1 and s.rounds >= 1, "--horizon and --rounds must be at least 1"),
-            (0 <= s.slip <= 1, f"--slip {s.slip}: a probability lies between 0 and 1"),
-            (0 < s.temperature < math.inf, "--temperature must be above 0 and finite"),
-            (0 < s.step < math.inf, "--step must be above 0 and finite"),
-            (not Path(s.out).is_file(), f"--out {s.out}: this is a file, not a folder"),
-            (entries <= MAX_ENTRIES, "--seeds, --demos and --horizon together ask for arrays of "
-                                     f"{entries:,} entries; the limit is {MAX_ENTRIES:,}")):
-        if not good:
-            raise InputError(message)
+    require(entries <= MAX_ENTRIES, "--seeds, --demos and --horizon together ask for arrays of "
+                                    f"{entries:,} entries; the limit is {MAX_ENTRIES:,}")
     return counts
 
 
@@ -350,33 +326,29 @@ def experiment(world, s, counts):
     }
     seen = rho_demo.sum(-1) > 0
     rho = {name: occupancy(P, start, policy) for name, policy in policies.items()}
-    scores = {name: score(world, each, seen) for name, each in rho.items()}
     rho_expert = occupancy(P, start, experts).mean(0)
+    scores = {name: score(world, each, seen) for name, each in rho.items()}
     maps = {"expert": rho_expert.sum((0, 2)), "seen": seen, "reward": reward,
             **{name: each.sum((-3, -1)) for name, each in rho.items()}}
     return scores, score(world, rho_expert, torch.ones(S, dtype=torch.bool)), maps
 
 
-def print_tables(scores, expert, counts):
+def print_tables(summary, expert, counts):
     """Each measure by method (rows) and number of demonstrations (columns): mean and 95%."""
     for measure, unit, factor in (("return", "steps in the goal less steps in lava", 1),
                                   ("failure", "% not in the goal at the end", 100),
                                   ("drift", "steps where no demonstration went", 1)):
         print(f"{measure}: {unit}; the demonstrator's is {factor * expert[measure]:.2f}")
         print("demonstrations" + "".join(f"{n:>13}" for n in counts))
-        for name, of in scores.items():
-            mean_half = zip(*(x.tolist() for x in mean_and_interval(factor * of[measure])))
-            print(f"{name:14}" + "".join(f"{f'{m:.2f}±{h:.2f}':>13}" for m, h in mean_half))
+        for name, of in summary.items():
+            print(f"{name:14}" + "".join(f"{f'{factor * mean:.2f}±{factor * half:.2f}':>13}"
+                                         for mean, half in zip(*of[measure])))
         print()
 
 
-def draw_map(ax, world, values, title, seen=None):
-    """One map of values (S,): steps spent, with dots on the seen cells, or a reward (seen None)."""
-    from matplotlib.colors import LogNorm
-    bound = values.abs().max().item()
-    how = ({"cmap": "RdBu", "vmin": -bound, "vmax": bound} if seen is None else
-           {"cmap": "Greys", "norm": LogNorm(0.02, 20, clip=True)})
-    image = ax.imshow(values.reshape(-1, world.width), aspect="auto", **how)
+def draw_map(ax, world, values, title, seen=None, **colours):
+    """One map of values (S,), with S, G, the lava and dots on the cells seen (S,)."""
+    image = ax.imshow(values.reshape(-1, world.width), aspect="auto", **colours)
     for s, cell in enumerate(world.cells):
         if cell in "SGx" or (seen is not None and seen[s]):
             mark = {"S": "S", "G": "G", "x": "×"}.get(cell, "•")
@@ -387,55 +359,56 @@ def draw_map(ax, world, values, title, seen=None):
     return image
 
 
-def draw(path, world, scores, expert, maps, counts):
+def draw(world, scores, summary, expert, maps, counts):
     """The figure: where the first seed's learners go, the reward found, return and failure."""
     figure = pyplot().figure(figsize=(10, 5.8))
     above, below = figure.subfigures(2, 1)
     axes = above.subplots(1, 4)
-    draw_map(axes[0], world, maps["expert"], "demonstrator: two routes\n"
-             f"fails {expert['failure']:.1%}", torch.zeros(len(world.cells)))
-    for ax, name, title in ((axes[1], "BC", "behaviour cloning"),
-                            (axes[2], "matching KL", "occupancy matching")):
-        title += f", {counts[0]} demo\nfails {scores[name]['failure'][0, 0]:.0%}"
-        image = draw_map(ax, world, maps[name][0, 0], title, maps["seen"][0, 0])
-    above.colorbar(image, ax=axes[:3], location="bottom", aspect=60,
+    first = [f"{counts[0]} demo\nfails {scores[name]['failure'][0, 0]:.0%}"
+             for name in ("BC", "matching KL")]
+    for ax, values, title, seen in (
+            (axes[0], maps["expert"],
+             f"demonstrator: two routes\nfails {expert['failure']:.1%}", None),
+            (axes[1], maps["BC"][0, 0], f"behaviour cloning, {first[0]}", maps["seen"][0, 0]),
+            (axes[2], maps["matching KL"][0, 0], f"occupancy matching, {first[1]}",
+             maps["seen"][0, 0])):
+        steps = draw_map(ax, world, values.clamp(0.02, 20), title, seen, cmap="Greys", norm="log")
+        steps.set_clim(0.02, 20)
+    above.colorbar(steps, ax=axes[:3], location="bottom", aspect=60,
                    label="steps spent (• cell in the demonstration, × lava)")
-    image = draw_map(axes[3], world, maps["reward"][:, -1].mean(0),
-                     f"reward by MaxEnt IRL\n{counts[-1]} demos, mean of seeds")
-    above.colorbar(image, ax=axes[3], location="bottom", label="nats per step")
+    reward = maps["reward"][:, -1].mean(0)
+    nats = draw_map(axes[3], world, reward, f"reward by MaxEnt IRL\n{counts[-1]} demos, mean of "
+                    "seeds", cmap="RdBu", vmin=-reward.abs().max(), vmax=reward.abs().max())
+    above.colorbar(nats, ax=axes[3], location="bottom", label="nats per step")
+    colours = ("forward_kl", "forward_kl", "reverse_kl", "jensen_shannon", "length")
     for ax, measure, label in zip(below.subplots(1, 2), ("return", "failure"),
                                   ("golden return (steps)", "failure rate")):
         ax.axhline(expert[measure], color=COLORS["demo"], lw=1, label="demonstrator")
-        for name, (color, style) in METHODS.items():
-            mean, half = mean_and_interval(scores[name][measure])
-            ax.errorbar(counts, mean, half, label=name, color=color, ls=style, marker="o", ms=3)
-        ax.set_xscale("log")
-        ax.set_xticks(counts, counts)
-        ax.set_xticks([], minor=True)
-        ax.set(xlabel="demonstrations", ylabel=label)
+        for (name, of), colour in zip(summary.items(), colours):
+            ax.errorbar(counts, *of[measure], label=name, color=COLORS[colour], marker="o", ms=3,
+                        ls="--" if name == "BC nearest" else "-")
+        ax.set(xlabel="demonstrations", ylabel=label, xscale="log", xticks=counts,
+               xticklabels=counts)
+        ax.minorticks_off()
     ax.legend()
-    save_figure(figure, path)
+    return figure
 
 
-def main(argv=None):
+def main(s):
     """Run the experiment, print the tables, write gridworld.png and results.json."""
-    s = parse_settings(Settings, argv)
     counts = checked_counts(s)
+    out = claim_folder(s.out, overwrite=True)
     world = read_map(MAP, s.slip)
     scores, expert, maps = experiment(world, s, counts)
-    print_tables(scores, expert, counts)
-    results = {"settings": asdict(s), "demonstrations": counts,
-               "demonstrator": {measure: x.item() for measure, x in expert.items()}}
-    for name, of in scores.items():  # [means, half widths of the 95% intervals]
-        results[name] = {m: [x.tolist() for x in mean_and_interval(of[m])] for m in of}
-    path = Path(s.out) / "gridworld.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path.with_name("results.json"), results)
-    draw(path, world, scores, expert, maps, counts)
+    summary = {name: {measure: [x.tolist() for x in mean_and_interval(values)]
+                      for measure, values in of.items()} for name, of in scores.items()}
+    print_tables(summary, expert, counts)
     print(f"± is a 95% interval over {s.seeds} sets of demonstrations")
-    print(f"written: {path}, results.json")
+    results = {"demonstrations": counts, "demonstrator": {k: x.item() for k, x in expert.items()},
+               **summary}  # of each measure the means and the half-widths of their 95% intervals
+    write_world(out, s, results, {"gridworld": draw(world, scores, summary, expert, maps, counts)})
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)  # the matrices are small: two threads wait more than they work
-    run_script(main)
+    torch.set_num_threads(1)  # the tensors are small: a second thread costs more than it gives
+    run_script(lambda: main(parse_settings(Settings)))

@@ -25,13 +25,12 @@ Reward models: arXiv:2405.15624; the plane is ours.
 """
 
 import math
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 
-from model import InputError, write_json
-from toy_envs.figures import COLORS, pyplot, save_figure
+from model import claim_folder, require
+from toy_envs.figures import COLORS, pyplot, write_world
 from toy_envs.gridworld import mean_and_interval
 from train import parse_settings, run_script, setting
 
@@ -61,6 +60,11 @@ class Settings:
 
 
 # ---- closed forms -------------------------------------------------------------------------------
+
+def covariance(s):
+    """Sigma (2, 2): unit spreads, correlated as the settings say."""
+    return torch.tensor([[1, s.correlation], [s.correlation, 1]], dtype=torch.float64)
+
 
 def cloud_means(quality, offset, leak):
     """The three means (B, 2), by name; offset and leak broadcast to B."""
@@ -154,33 +158,28 @@ def best_of_n(candidates, w, degree=1):
 
 def check(s):
     """Raises InputError where a setting makes no sense or would ask for too much memory."""
+    require(s.seeds >= 2, f"--seeds {s.seeds}: an interval needs at least 2")
+    require(s.samples >= 10, f"--samples {s.samples}: a discriminator needs at least 10")
+    require(min(s.prompts, s.n) >= 1, "--prompts and --n must be at least 1")
+    require(0 < s.quality <= 10 and s.quality != 1, f"--quality {s.quality}: above 0, at most 10, "
+            "and not 1 (SFT-Demo would have nothing to tell apart without a mark)")
+    require(abs(s.offset) <= 10, f"--offset {s.offset}: between -10 and 10 spreads")
+    require(abs(s.correlation) < 1, f"--correlation {s.correlation}: between -1 and 1")
+    require(0.1 <= s.narrow <= 10, f"--narrow {s.narrow}: a spread between 0.1 and 10")
     entries = 6 * s.seeds * len(OFFSETS) * max(s.prompts * s.n, 2 * s.samples)  # six features
-    for good, message in (
-            (s.seeds >= 2, f"--seeds {s.seeds}: an interval needs at least 2"),
-            (s.samples >= 10, f"--samples {s.samples}: a discriminator needs at least 10"),
-            (s.prompts >= 1 and s.n >= 1, "--prompts and --n must be at least 1"),
-            (0 < s.quality <= 10 and s.quality != 1, f"--quality {s.quality}: above 0, at most 10, "
-             "and not 1 (SFT-Demo would have nothing to tell apart without a mark)"),
-            (abs(s.offset) <= 10, f"--offset {s.offset}: between -10 and 10 spreads"),
-            (abs(s.correlation) < 1, f"--correlation {s.correlation}: between -1 and 1"),
-            (0.1 <= s.narrow <= 10, f"--narrow {s.narrow}: a spread between 0.1 and 10"),
-            (not Path(s.out).is_file(), f"--out {s.out}: this is a file, not a folder"),
-            (entries <= MAX_ENTRIES,
-             f"--seeds, --samples, --prompts and --n together ask for arrays of {entries:,} "
-             f"entries; the limit is {MAX_ENTRIES:,}")):
-        if not good:
-            raise InputError(message)
+    require(entries <= MAX_ENTRIES, "--seeds, --samples, --prompts and --n together ask for arrays "
+                                    f"of {entries:,} entries; the limit is {MAX_ENTRIES:,}")
 
 
 def sweep(s, offset, leak, narrow=1.0, degree=1):
     """Best-of-N by all three rewards over cases (offset and leak broadcast), trained and exact.
 
     Returns {reward: {"golden", "mark": means of the chosen (seeds, cases); "exact": golden (cases)
-    by the closed form at degree 1, and by the exact logit on the same candidates at degree 2;
-    "weights": (seeds, cases, F)}}. All sweeps draw the same noise, so that cases compare in pairs.
+    by the closed form at degree 1, and by the exact logit on the same candidates at degree 2}}.
+    All sweeps draw the same noise, so that cases compare in pairs.
     """
     generator = torch.Generator().manual_seed(s.seed)
-    cov = torch.tensor([[1, s.correlation], [s.correlation, 1]], dtype=torch.float64)
+    cov = covariance(s)
     scale = torch.tensor([1, narrow], dtype=torch.float64)
     covs = {"init": cov, "sft": cov, "demo": scale[:, None] * cov * scale}
     means = cloud_means(s.quality, offset, leak)
@@ -203,7 +202,7 @@ def sweep(s, offset, leak, narrow=1.0, degree=1):
         else:
             ideal = log_ratio_weights(*pair, covs[negative], covs[positive])
             exact = best_of_n(candidates, ideal, degree)[..., 0].mean((0, -1))
-        results[reward] = {"golden": golden, "mark": mark, "exact": exact, "weights": w}
+        results[reward] = {"golden": golden, "mark": mark, "exact": exact}
     return results
 
 
@@ -213,37 +212,33 @@ def print_tables(s, tables):
           f"(pi_SFT has 1, the demonstrator {s.quality:g}, best-of-{s.n} by golden itself "
           f"{1 + expected_maximum(s.n):.2f})")
     for title, cases, results in tables:
-        print("\n" + f"{title:16}" + "".join(f"{case:7.1f}" for case in cases.tolist()))
+        print("\n" + f"{title:16}" + "".join(f"{case:7.1f}" for case in cases))
         for reward, (_, _, label) in REWARDS.items():
-            mean, half = mean_and_interval(results[reward]["golden"])
+            mean, half = results[reward]["golden"]
             for name, row in ((label, results[reward]["exact"]), ("  trained", mean),
                               ("  ±", half)):
-                print(f"{name:16}" + "".join(f"{value:7.2f}" for value in row.tolist()))
+                print(f"{name:16}" + "".join(f"{value:7.2f}" for value in row))
 
 
 # ---- the figure ---------------------------------------------------------------------------------
 
 def draw_clouds(ax, means, cov):
     """Each writer's cloud, as ellipses of one and two standard deviations, with its name."""
-    from matplotlib.patches import Ellipse
-    variance, axes = torch.linalg.eigh(cov)
-    angle = math.degrees(math.atan2(axes[1, 1], axes[0, 1]))
-    for name, label, place in (("init", "$\pi_0$", (-1.7, -1.3)),
-                               ("sft", "$\pi_{SFT}$", (0.5, -1.6)),
+    angle = torch.linspace(0, 2 * math.pi, 200, dtype=torch.float64)
+    ellipse = torch.stack([angle.cos(), angle.sin()], -1) @ torch.linalg.cholesky(cov).T
+    for name, label, place in (("init", r"$\pi_0$", (-1.7, -1.3)),
+                               ("sft", r"$\pi_{SFT}$", (0.5, -1.6)),
                                ("demo", "demonstrator", (-1.2, 1.7))):
+        color = COLORS[name]
         for radius in (1, 2):
-            width, height = (2 * radius * variance.sqrt()).flip(0).tolist()
-            ax.add_patch(Ellipse(means[name], width, height, angle=angle, alpha=0.13, lw=0,
-                                 color=COLORS[name]))
-        ax.plot(*means[name], "o", color=COLORS[name], ms=6)
-        ax.text(*(means[name] + torch.tensor(place)), label, color=COLORS[name], weight="bold",
-                size=13)
+            ax.fill(*(means[name] + radius * ellipse).T, alpha=0.13, lw=0, color=color)
+        ax.plot(*means[name], "o", color=color, ms=6)
+        ax.text(*(means[name] + torch.tensor(place)), label, color=color, weight="bold", size=13)
 
 
 def draw_plane(ax, s):
     """The clouds, and from pi_SFT the way that best-of-N takes by each reward."""
-    cov = torch.tensor([[1, s.correlation], [s.correlation, 1]], dtype=torch.float64)
-    means = cloud_means(s.quality, s.offset, 0.0)
+    cov, means = covariance(s), cloud_means(s.quality, s.offset, 0.0)
     draw_clouds(ax, means, cov)
     generator = torch.Generator().manual_seed(s.seed)
     for reward, (negative, positive, label) in REWARDS.items():
@@ -256,71 +251,69 @@ def draw_plane(ax, s):
         ax.annotate("", end, means["sft"], arrowprops={
             "arrowstyle": "-|>", "mutation_scale": 18, "color": COLORS[reward], "lw": 3,
             "shrinkA": 0, "shrinkB": 0})
-        left = reward == "sft-demo"
-        ax.annotate(f"{label}: {end[0]:.2f}", end, xytext=(-8 if left else 8, 4), size=11,
-                    textcoords="offset points", ha="right" if left else "left",
-                    color=COLORS[reward], weight="bold",
+        side, align = (-8, "right") if reward == "sft-demo" else (8, "left")
+        ax.annotate(f"{label}: {end[0]:.2f}", end, xytext=(side, 4), size=11, ha=align,
+                    textcoords="offset points", color=COLORS[reward], weight="bold",
                     bbox={"fc": "white", "ec": "none", "alpha": 0.75, "pad": 1})
     ax.set(aspect="equal", xlabel="quality (all that golden counts)", ylabel="the writer's mark",
-           xlim=(-2.2, 5.2), title=f"the best of {s.n} samples of $\pi_{{SFT}}$, by reward model\n"
+           xlim=(-2.2, 5.2), title=f"the best of {s.n} samples of $\\pi_{{SFT}}$, by reward model\n"
            "(dots: chosen; arrow and number: their mean, its quality)")
 
 
-def draw(path, s, by_offset, by_leak, by_offset_narrow):
+def draw(s, by_offset, by_leak, by_offset_narrow):
     """The figure: the plane, and golden quality against the mark's offset and against the leak."""
     figure = pyplot().figure(figsize=(10, 5.4))
     grid = figure.add_gridspec(2, 2, width_ratios=(1.15, 1))
     draw_plane(figure.add_subplot(grid[:, 0]), s)
     above, below = figure.add_subplot(grid[0, 1]), figure.add_subplot(grid[1, 1])
-    for ax, cases, results, style, mark in (
-            (above, OFFSETS, by_offset, "-", "o"), (above, OFFSETS, by_offset_narrow, ":", "s"),
-            (below, LEAKS, by_leak, "-", "o")):
+    for ax, cases, results, line, marks in (
+            (above, OFFSETS, by_offset, "-", {"fmt": "o"}),
+            (above, OFFSETS, by_offset_narrow, ":", {"fmt": "s", "mfc": "white"}),
+            (below, LEAKS, by_leak, "-", {"fmt": "o"})):
         for reward, (_, _, label) in REWARDS.items():
-            mean, half = mean_and_interval(results[reward]["golden"])
-            ax.plot(cases, results[reward]["exact"], style, color=COLORS[reward],
+            color = COLORS[reward]
+            ax.plot(cases, results[reward]["exact"], line, color=color,
                     label=label if ax is below else None)
-            ax.errorbar(cases, mean, half, color=COLORS[reward], fmt=mark, ms=4,
-                        mfc=COLORS[reward] if style == "-" else "white")
+            ax.errorbar(cases, *results[reward]["golden"], color=color, ms=4, **marks)
     above.plot([], [], "k-o", ms=4, label="all spreads equal")
     above.plot([], [], "k:s", ms=4, mfc="white", label=f"demonstrator's mark: spread {s.narrow:g}")
     for height, name, label in ((s.quality, "demo", "demonstrator's mean"),
-                                (1, "sft", "$\pi_{SFT}$'s mean")):
+                                (1, "sft", r"$\pi_{SFT}$'s mean")):
         for ax in (above, below):
             ax.axhline(height, color=COLORS[name], lw=1, alpha=0.5)
-            ax.set(ylabel=f"quality of best-of-{s.n}")
         above.annotate(label, (0, height), xytext=(0, 2), textcoords="offset points", size=8,
                        color=COLORS[name])
-    above.set_ylim(top=3.4)  # room for the legend
     above.legend(loc="upper right", ncols=2)
     below.legend()
     above.set(xlabel="offset of the demonstrator's mark (lines: exact, points: trained)",
+              ylabel=f"quality of best-of-{s.n}", ylim=(None, 3.4),  # room for the legend
               title="a foreign demonstrator misleads all but Init-SFT")
-    below.set(xlabel=f"share of the mark that $\pi_{{SFT}}$ learns (offset {s.offset:g})",
-              title="... unless SFT learns the mark as well")
-    save_figure(figure, path)
+    below.set(xlabel=f"share of the mark that $\\pi_{{SFT}}$ learns (offset {s.offset:g})",
+              ylabel=f"quality of best-of-{s.n}", title="... unless SFT learns the mark as well")
+    return figure
 
 
-def main(argv=None):
+def summarise(results):
+    """A sweep as lists, [means, half-widths of their 95% intervals] where it was trained."""
+    return {reward: {"exact": of["exact"].tolist(), **{
+        key: [x.tolist() for x in mean_and_interval(of[key])] for key in ("golden", "mark")}}
+        for reward, of in results.items()}
+
+
+def main(s):
     """Run the three sweeps, print the tables, write heterogeneity.png and results.json."""
-    s = parse_settings(Settings, argv)
     check(s)
-    by_offset, by_leak = sweep(s, OFFSETS, 0.0), sweep(s, s.offset, LEAKS)
-    by_offset_narrow = sweep(s, OFFSETS, 0.0, s.narrow, degree=2)
-    print_tables(s, (("mark's offset", OFFSETS, by_offset), ("mark learned", LEAKS, by_leak),
-                     (f"offset, spread {s.narrow:g}", OFFSETS, by_offset_narrow)))
-    results = {"settings": asdict(s), "offsets": OFFSETS.tolist(), "leaks": LEAKS.tolist()}
-    for name, sweep_of in (("by_offset", by_offset), ("by_leak", by_leak),
-                           ("by_offset_narrow", by_offset_narrow)):
-        results[name] = {reward: {"exact": of["exact"].tolist(), **{  # [means, 95% half widths]
-            key: [x.tolist() for x in mean_and_interval(of[key])] for key in ("golden", "mark")}}
-            for reward, of in sweep_of.items()}
-    path = Path(s.out) / "heterogeneity.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path.with_name("results.json"), results)
-    draw(path, s, by_offset, by_leak, by_offset_narrow)
-    print(f"\n± is a 95% interval over {s.seeds} runs\nwritten: {path}, results.json")
+    out = claim_folder(s.out, overwrite=True)
+    sweeps = {"by_offset": summarise(sweep(s, OFFSETS, 0.0)),
+              "by_leak": summarise(sweep(s, s.offset, LEAKS)),
+              "by_offset_narrow": summarise(sweep(s, OFFSETS, 0.0, s.narrow, degree=2))}
+    print_tables(s, zip(("mark's offset", "mark learned", f"offset, spread {s.narrow:g}"),
+                        (OFFSETS, LEAKS, OFFSETS), sweeps.values()))
+    print(f"\n± is a 95% interval over {s.seeds} runs")
+    results = {"offsets": OFFSETS.tolist(), "leaks": LEAKS.tolist(), **sweeps}
+    write_world(out, s, results, {"heterogeneity": draw(s, **sweeps)})
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)  # the matrices are small: two threads wait more than they work
-    run_script(main)
+    torch.set_num_threads(1)  # the tensors are small: a second thread costs more than it gives
+    run_script(lambda: main(parse_settings(Settings)))

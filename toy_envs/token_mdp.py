@@ -8,23 +8,23 @@ token_samples.py the same learners see samples only.
 
     python -m toy_envs.token_mdp
 
-Shapes: K styles, T letters in a sequence, A letters in the alphabet, N = A^T sequences, C contexts
-(t, last min(t, memory) letters), R rows (starts or runs) side by side, B sequences of one row. All
-sequences are listed in dictionary order: the index of one is its letters read as a base-A number.
+Shapes: K styles, T letters in a sequence, A letters in the alphabet, N = A^T sequences,
+M = A^memory contexts (the last `memory` letters; before the first, all count as a), R rows (starts
+or runs) side by side, B sequences of one row. Sequences and contexts are listed in dictionary
+order: the index of one is its letters read as a base-A number.
 Log-probabilities and KLs are in nats per sequence.
 """
 
 import itertools
 from collections import Counter
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 from tqdm import tqdm
 
 from divergences import DIVERGENCES, f_divergence
-from model import InputError, write_json
-from toy_envs.figures import COLORS, pyplot, save_figure
+from model import InputError, claim_folder, require
+from toy_envs.figures import COLORS, pyplot, write_world
 from toy_envs.gaussian import solve
 from train import parse_settings, run_script, setting
 
@@ -65,71 +65,60 @@ class Demonstrator:
 
 def make_demonstrator(patterns, weights, slip, letters):
     """The demonstrator of these patterns (strings); InputError for arguments that define none."""
-    lengths = {len(pattern) for pattern in patterns}
-    if len(lengths) != 1 or 0 in lengths:
-        raise InputError(f"patterns need one common length of at least 1, got {list(patterns)}")
-    if not 2 <= letters <= len(LETTERS):
-        raise InputError(f"letters must be from 2 to {len(LETTERS)}, got {letters}")
-    foreign = set("".join(patterns)) - set(LETTERS[:letters])
-    if foreign:
-        raise InputError(f"patterns use {sorted(foreign)}, not among the letters "
-                         f"{LETTERS[:letters]}")
-    if len(weights) != len(patterns) or min(weights) <= 0 or abs(sum(weights) - 1) > 1e-9:
-        raise InputError(f"need one weight > 0 per pattern, summing to one; got {list(weights)}")
-    if not 0 <= slip < 1:
-        raise InputError(f"slip must be at least 0 and below 1, got {slip}")
+    known = LETTERS[:letters]
+    require(len({len(pattern) for pattern in patterns}) == 1 and patterns[0],
+            f"patterns need one common length of at least 1, got {list(patterns)}")
+    require(2 <= letters <= len(LETTERS), f"letters must be from 2 to {len(LETTERS)}")
+    require(set("".join(patterns)) <= set(known), f"patterns use letters that are not in {known}")
+    require(len(weights) == len(patterns) and min(weights) > 0 and abs(sum(weights) - 1) < 1e-9,
+            f"need one weight > 0 per pattern, summing to one; got {list(weights)}")
+    require(0 <= slip < 1, f"slip must be at least 0 and below 1, got {slip}")
     index = torch.tensor([[LETTERS.index(c) for c in pattern] for pattern in patterns])
     chosen = torch.nn.functional.one_hot(index, letters).double()
     step = chosen * (1 - slip) + (1 - chosen) * slip / (letters - 1)
     return Demonstrator(index, torch.tensor(weights, dtype=torch.float64), step)
 
 
-def demonstrator_of(config):
+def demonstrator_of(s):
     """The demonstrator that the settings' comma-separated patterns and weights describe."""
     try:
-        weights = [float(w) for w in config.weights.split(",")]
+        weights = [float(w) for w in s.weights.split(",")]
     except ValueError:
-        raise InputError(f"--weights must be numbers with commas, got {config.weights}") from None
-    if config.slip <= 0:
-        raise InputError("--slip must be positive: the reverse KL to a demonstrator that never "
-                         "slips is infinite")
-    return make_demonstrator(config.patterns.split(","), weights, config.slip, config.letters)
+        raise InputError(f"--weights must be numbers with commas, got {s.weights}") from None
+    require(s.slip > 0, "--slip must be positive: the reverse KL to a demonstrator that never "
+                        "slips is infinite")
+    require(s.starts >= 1, f"--starts must be at least 1, got {s.starts}")
+    demo = make_demonstrator(s.patterns.split(","), weights, s.slip, s.letters)
+    check_enumerable(demo.length, demo.letters)
+    return demo
 
 
 def check_enumerable(length, letters):
     """Refuse, before memory is touched, an MDP with more sequences than can be listed."""
-    if length < 1:
-        raise InputError(f"a sequence needs at least 1 letter, got {length}")
-    if letters ** length > MAX_SEQUENCES:
-        raise InputError(f"{letters} letters and {length} steps make {letters ** length} "
-                         f"sequences; the limit for listing them all is {MAX_SEQUENCES}")
+    require(length >= 1, f"a sequence needs at least 1 letter, got {length}")
+    require(letters ** length <= MAX_SEQUENCES,
+            f"{letters} letters and {length} steps make {letters}^{length} sequences; "
+            f"the limit for listing them all is {MAX_SEQUENCES}")
 
 
-def contexts_at(t, letters, memory):
-    """How many contexts a learner of this memory tells apart at step t."""
-    return letters ** min(t, memory)
-
-
-def sequence_log_prob(log_pi, length, memory):
+def sequence_log_prob(log_pi):
     """log pi(y) of every sequence, by extending every prefix with every letter.
 
-    log_pi: (R, C, A), log pi(a | t, last letters), contexts of step 0 first. Returns (R, N).
+    log_pi: (R, T, M, A), log pi(a | t, context). Returns (R, N).
     """
-    rows, _, letters = log_pi.shape
+    rows, length, contexts, letters = log_pi.shape
     check_enumerable(length, letters)
-    logp, first = log_pi.new_zeros(rows, 1), 0
+    logp = log_pi.new_zeros(rows, 1)
     for t in range(length):
-        size = contexts_at(t, letters, memory)
-        table = log_pi[:, None, first:first + size]           # (R, 1, size, A)
+        size = min(letters ** t, contexts)
         # prefixes in dictionary order: those that share their last letters are `size` apart
-        logp = (logp.view(rows, -1, size, 1) + table).view(rows, -1)
-        first += size
+        logp = (logp.view(rows, -1, size, 1) + log_pi[:, t, None, :size]).view(rows, -1)
     return logp
 
 
 def demonstrator_log_prob(demo):
     """log beta(y) of every sequence: (N,)."""
-    styles = sequence_log_prob(demo.step.log(), demo.length, memory=0)
+    styles = sequence_log_prob(demo.step.log()[:, :, None])
     return torch.logsumexp(styles + demo.weights.log()[:, None], dim=0)
 
 
@@ -145,90 +134,77 @@ def sequence_index(sequences, letters):
     return (sequences * powers).sum(-1)
 
 
-def context_index(sequences, letters, memory):
-    """The row of log_pi (R, C, A) that each step of the sequences (..., T) is written from."""
-    context, first, rows = torch.zeros_like(sequences[..., 0]), 0, []
-    for t in range(sequences.shape[-1]):
-        rows.append(first + context)
-        first += contexts_at(t, letters, memory)
-        context = (context * letters + sequences[..., t]) % contexts_at(t + 1, letters, memory)
-    return torch.stack(rows, dim=-1)
-
-
-def policy_log_prob(log_pi, sequences, memory):
-    """log pi(y) of given sequences, also where T is too large to list all: log_pi (R, C, A),
+def policy_log_prob(log_pi, sequences):
+    """log pi(y) of given sequences, also where T is too large to list all: log_pi (R, T, M, A),
     sequences (R or 1, B, T). Returns (R, B)."""
-    letters = log_pi.shape[-1]
-    cell = context_index(sequences, letters, memory) * letters + sequences   # (R or 1, B, T)
-    cell = cell.expand(len(log_pi), -1, -1)
-    return log_pi.flatten(1).gather(1, cell.flatten(1)).view(cell.shape).sum(-1)
+    rows, _, contexts, letters = log_pi.shape
+    row, context, logp = torch.arange(rows)[:, None], torch.zeros_like(sequences[..., 0]), 0.0
+    for t, letter in enumerate(sequences.unbind(-1)):
+        logp = logp + log_pi[row, t, context, letter]
+        context = (context * letters + letter) % contexts
+    return logp
 
 
 # ---- dynamic programming, for any T -------------------------------------------------------------
 
-def occupancies(pi, length, memory):
-    """rho[r, c, a] = P(step t is written from context c, letter a), c = (t, last letters).
+def occupancies(pi):
+    """rho[r, t, c, a] = P(step t is written from context c, letter a), by one pass forwards.
 
-    pi: (R, C, A) probabilities. One forward pass over the contexts, no sequences listed; it sums
-    to T for each row. Returns (R, C, A).
+    pi: (R, T, M, A) probabilities. No sequences are listed; each step sums to 1. The same shape.
     """
-    rows, _, letters = pi.shape
-    state, first, rho = pi.new_ones(rows, 1), 0, []
+    rows, length, contexts, letters = pi.shape
+    state, rho = torch.eye(contexts, dtype=pi.dtype)[:1].expand(rows, -1), []
     for t in range(length):
-        size = contexts_at(t, letters, memory)
-        rho.append(state[:, :, None] * pi[:, first:first + size])            # (R, size, A)
+        rho.append(state[:, :, None] * pi[:, t])                             # (R, M, A)
         # forgetting the oldest letter sums over it: it is the leading digit of the context
-        state = rho[-1].reshape(rows, -1, contexts_at(t + 1, letters, memory)).sum(1)
-        first += size
-    return torch.cat(rho, dim=1)
+        state = rho[-1].reshape(rows, letters, contexts).sum(1)
+    return torch.stack(rho, dim=1)
 
 
 def demonstrator_occupancies(demo, memory):
-    """The demonstrator's occupancies of a learner's contexts: (C, A). A style needs no memory."""
-    sizes = [contexts_at(t, demo.letters, memory) for t in range(demo.length)]
-    step = demo.step.repeat_interleave(torch.tensor(sizes), dim=1)           # (K, C, A)
-    return (demo.weights[:, None, None] * occupancies(step, demo.length, memory)).sum(0)
+    """The demonstrator's occupancies of a learner's contexts: (T, M, A). A style needs none."""
+    step = demo.step[:, :, None].expand(-1, -1, demo.letters ** memory, -1)
+    return torch.einsum("k,ktma->tma", demo.weights, occupancies(step))
 
 
 def sft_optimum(demo, memory):
-    """The policy of least forward KL, in closed form: pi = rho_beta(c, a) / rho_beta(c), (C, A).
+    """The policy of least forward KL, in closed form: pi = rho_beta(t, c, a) / rho_beta(t, c).
 
-    A context that the demonstrator never visits gets the uniform distribution.
+    A context that the demonstrator never visits gets the uniform distribution. (T, M, A).
     """
     rho = demonstrator_occupancies(demo, memory)
     visits = rho.sum(-1, keepdim=True)
     return torch.where(visits > 0, rho / visits, 1 / demo.letters)
 
 
-def nobody_wrote(pi, demo, memory):
-    """Mass on sequences that are no style's pattern, for any T: pi (C, A). Returns a float."""
-    written = policy_log_prob(pi.log()[None], demo.patterns.unique(dim=0)[None], memory).exp()
+def nobody_wrote(pi, demo):
+    """Mass on sequences that are no style's pattern, for any T: pi (T, M, A). Returns a float."""
+    written = policy_log_prob(pi.log()[None], demo.patterns.unique(dim=0)[None]).exp()
     return 1 - written.sum().item()
 
 
 # ---- exact solutions ----------------------------------------------------------------------------
 
-def policy_from_roots(z, letters):
-    """log pi (R, C, A) from parameters z (R, C*A): pi = z^2 / sum z^2 in each context.
+def policy_from_roots(z):
+    """log pi (R, T, M, A) from parameters z of that shape: pi = z^2 / sum z^2 in each context.
 
     In z = sqrt(pi) the Fisher metric is Euclidean, so that steps in z are natural-gradient steps:
     logits would be flat wherever a letter is rare, and saturate after one large step.
     """
-    square = z.view(len(z), -1, letters).square()
+    square = z.square()
     return square.log() - square.sum(-1, keepdim=True).log()
 
 
 def starting_points(demo, memory, count, generator):
-    """log pi (R, C, A): `count` random policies, and the SFT optimum of every set of styles.
+    """log pi (R, T, M, A): `count` random policies, and the SFT optimum of every set of styles.
 
     A mode-seeking optimum writes some of the styles; these starts look at each choice of them.
     """
-    contexts = sum(contexts_at(t, demo.letters, memory) for t in range(demo.length))
-    noise = torch.rand(count, contexts, demo.letters, generator=generator, dtype=torch.float64)
+    shape = sft_optimum(demo, memory).shape
+    noise = torch.rand(count, *shape, generator=generator, dtype=torch.float64)
     starts = [noise.log().neg()]                        # normalised: uniform on each simplex
     for size in range(1, len(demo.patterns) + 1):
-        for subset in itertools.combinations(range(len(demo.patterns)), size):
-            chosen = list(subset)
+        for chosen in map(list, itertools.combinations(range(len(demo.patterns)), size)):
             weights = demo.weights[chosen]
             some = Demonstrator(demo.patterns[chosen], weights / weights.sum(), demo.step[chosen])
             starts.append(sft_optimum(some, memory)[None] + 1e-3)
@@ -236,28 +212,26 @@ def starting_points(demo, memory, count, generator):
     return (pi / pi.sum(-1, keepdim=True)).log()
 
 
-def solve_exactly(demo, memory, divergence, start):
-    """Minimise D_f(beta || pi) over all policies of this memory, from log pi (R, C, A) each.
+def solve_exactly(demo, divergence, start):
+    """Minimise D_f(beta || pi) over all policies of one memory, from log pi (R, T, M, A) each.
 
-    Returns log pi (R, C, A), D_f (R,) and gradient norms (R,), the least D_f first. With full
+    Returns log pi (R, T, M, A), D_f (R,) and gradient norms (R,), the least D_f first. With full
     memory nothing is left to solve: pi = beta, at which every divergence is zero.
     """
+    def policy(z):
+        return policy_from_roots(z.view(-1, *start.shape[1:]))
+
     z, value, gradient_norm = solve(
-        divergence, demonstrator_log_prob(demo),
-        lambda z: sequence_log_prob(policy_from_roots(z, demo.letters), demo.length, memory),
+        divergence, demonstrator_log_prob(demo), lambda z: sequence_log_prob(policy(z)),
         (start / 2).exp().flatten(1), deltas=(0.1, 0.01))
     order = value.argsort()
-    return policy_from_roots(z, demo.letters)[order], value[order], gradient_norm[order]
+    return policy(z)[order], value[order], gradient_norm[order]
 
 
-def style_names(demo):
-    return ["".join(LETTERS[i] for i in pattern) for pattern in demo.patterns]
-
-
-def styles_found(demo, log_pi, memory, share=0.1):
+def styles_found(demo, log_pi, share=0.1):
     """{"1+3": starts, ...}: which styles, counted from 1, each start ends up writing: those whose
-    pattern gets at least `share` of its probability under the demonstrator. log_pi (R, C, A)."""
-    mass = policy_log_prob(log_pi, demo.patterns[None], memory).exp()        # (R, K)
+    pattern gets at least `share` of its probability under the demonstrator."""
+    mass = policy_log_prob(log_pi, demo.patterns[None]).exp()        # (R, K)
     in_beta = demonstrator_log_prob(demo)[sequence_index(demo.patterns, demo.letters)].exp()
     return dict(Counter("+".join(str(k + 1) for k, yes in enumerate(row) if yes) or "none"
                         for row in (mass >= share * in_beta).tolist()))
@@ -275,18 +249,18 @@ def describe(demo, logp, samples=1000):
     meant = logp[sequence_index(demo.patterns.unique(dim=0), demo.letters)].exp().sum()
     met = 1 - (samples * torch.log1p(-style.clamp(max=1 - 1e-12))).exp()
     return {"styles": style.tolist(), "precision": meant.item(),
-            "recall": (demo.weights * met).sum().item(), 
+            "recall": (demo.weights * met).sum().item(),
             "entropy": torch.special.entr(logp.exp()).sum().item()}
 
 
 def solve_all(demo, starts, seed, memories=tuple(MEMORIES)):
-    """{(memory, divergence name): (log pi (R, C, A), D_f (R,), gradient norms (R,))}."""
+    """{(memory, divergence name): (log pi (R, T, M, A), D_f (R,), gradient norms (R,))}."""
     generator, solutions = torch.Generator().manual_seed(seed), {}
     for memory in memories:
         start = starting_points(demo, memory, starts, generator)
         for name, divergence in tqdm(DIVERGENCES.items(), desc=MEMORIES[memory], disable=None,
                                      leave=False):
-            solutions[memory, name] = solve_exactly(demo, memory, divergence, start)
+            solutions[memory, name] = solve_exactly(demo, divergence, start)
     return solutions
 
 
@@ -295,12 +269,12 @@ def summarise(demo, solutions):
     starts spread, and D of every divergence at that optimum (the cross table)."""
     log_beta, rows = demonstrator_log_prob(demo), []
     for (memory, name), (log_pi, value, gradient_norm) in solutions.items():
-        logp = sequence_log_prob(log_pi[:1], demo.length, memory)[0]
+        logp = sequence_log_prob(log_pi[:1])[0]
         rows.append({
             "memory": memory, "minimised": name, "value": value[0].item(),
             "gradient_norm": gradient_norm[0].item(),
             "converged": (gradient_norm < 1e-6).sum().item(), "starts": len(value),
-            "found": styles_found(demo, log_pi, memory), **describe(demo, logp),
+            "found": styles_found(demo, log_pi), **describe(demo, logp),
             "cross": {other: f_divergence(d, log_beta, logp).item()
                       for other, d in DIVERGENCES.items()}})
     return rows
@@ -317,38 +291,39 @@ def horizon_curve(lengths, memory):
         other = "b" * length if memory == 0 else ("abc" * length)[:length]
         demo = make_demonstrator(["a" * length, other], [0.5, 0.5], 0.0, 3)
         crossings = max(length - 1 if memory == 0 else (length - 2) // 3, 0)
-        curve.append((length, nobody_wrote(sft_optimum(demo, memory), demo, memory),
+        curve.append((length, nobody_wrote(sft_optimum(demo, memory), demo),
                       1 - 2.0 ** -crossings))
     return curve
 
 
 # ---- what it prints and draws -------------------------------------------------------------------
 
-SHORT = {"reverse_kl": "rev.KL", "forward_kl": "fwd.KL", "jensen_shannon": "J-S",
-         "total_variation": "TV", "pearson_chi2": "Pearson", "neyman_chi2": "Neyman",
-         "squared_hellinger": "Helling."}
+SHORT = ("rev.KL", "fwd.KL", "J-S", "TV", "Pearson", "Neyman", "Helling.")   # as in DIVERGENCES
 
 
-def print_tables(demo, rows):
-    beta = describe(demo, demonstrator_log_prob(demo))
-    print("styles: " + ", ".join(f"{k + 1} {name}" for k, name in enumerate(style_names(demo)))
+def print_tables(s, demo, rows, curves):
+    """For each learner: what every solution writes, then every divergence of every solution."""
+    own = {"value": 0.0, "found": {}, **describe(demo, demonstrator_log_prob(demo))}
+    print("styles: " + ", ".join(f"{k} {name}" for k, name in enumerate(s.patterns.split(","), 1))
           + "\nfound: the styles that a start ends up writing, and how many starts do\n"
           "A learner of full memory can be the demonstrator: every divergence is 0 there.")
     for memory, title in MEMORIES.items():
-        mine = [row for row in rows if row["memory"] == memory]
+        mine = [(DIVERGENCES[r["minimised"]].label, r) for r in rows if r["memory"] == memory]
         print(f"\n{'learner: ' + title:<20}{'D_f':>8}{'precision':>11}{'recall':>8}{'entropy':>9}"
               "  found")
-        print(f"{'demonstrator':<20}{0:>8.3f}{beta['precision']:>11.3f}{beta['recall']:>8.3f}"
-              f"{beta['entropy']:>9.3f}")
-        for row in mine:
-            found = " ".join(f"{styles}:{count}" for styles, count in row["found"].items())
-            print(f"{DIVERGENCES[row['minimised']].label:<20}{row['value']:>8.3f}"
-                  f"{row['precision']:>11.3f}{row['recall']:>8.3f}{row['entropy']:>9.3f}  {found}")
+        for label, row in [("demonstrator", own), *mine]:
+            found = " ".join(f"{styles}:{n}" for styles, n in row["found"].items())
+            print(f"{label:<20}{row['value']:>8.3f}{row['precision']:>11.3f}"
+                  f"{row['recall']:>8.3f}{row['entropy']:>9.3f}  {found}".rstrip())
         print(f"\nevery divergence of every solution ({title}):")
-        print(f"{'minimised':<17}" + "".join(f"{SHORT[name]:>9}" for name in DIVERGENCES))
-        for row in mine:
-            print(f"{DIVERGENCES[row['minimised']].label:<17}"
-                  + "".join(f"{value:>9.3g}" for value in row["cross"].values()))
+        print(f"{'minimised':<17}" + "".join(f"{name:>9}" for name in SHORT))
+        for label, row in mine:
+            print(f"{label:<17}" + "".join(f"{value:>9.3g}" for value in row["cross"].values()))
+    print("\nwhat SFT writes that nobody wrote (two styles, by dynamic programming):")
+    print(f"{'T':<34}" + "".join(f"{length:>7}" for length, *_ in curves[0][1::4]))
+    for memory, styles in ((0, "aaa... and bbb..."), (1, "aaa... and abcabc...")):
+        print(f"{MEMORIES[memory] + ', ' + styles:<34}"
+              + "".join(f"{share:>7.3f}" for _, share, _ in curves[memory][1::4]))
 
 
 def typical_sequences(logp, count):
@@ -369,75 +344,60 @@ def draw_page(axes, demo, logp, title, count=20):
     for line, row in enumerate(letters.tolist()):
         for t, letter in enumerate(row):
             axes.text(t, line, LETTERS[letter], ha="center", va="center", fontsize=6,
-                      color="white" if meant[line] else "black")
-    axes.set_title(title, fontsize=8)
+                      color="white" if meant[line] else "black", in_layout=False)
+    told = describe(demo, logp)
+    axes.set_title(f"{title}\nprecision {told['precision']:.2f}\nrecall {told['recall']:.2f}",
+                   fontsize=8)
     axes.set(xticks=[], yticks=[])
     axes.grid(False)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
+    axes.spines[:].set_visible(False)
 
 
-def draw_pages(path, demo, solutions):
+def draw_pages(demo, solutions):
     """A page for the demonstrator and for every learner's best policy under every divergence."""
-    plt = pyplot()
-    figure, grid = plt.subplots(len(MEMORIES), 8, figsize=(11, 6.2))
-    log_beta = demonstrator_log_prob(demo)
-    for line, (memory, learner) in enumerate(MEMORIES.items()):
-        own = describe(demo, log_beta)
-        draw_page(grid[line, 0], demo, log_beta, "demonstrator and\nfull-memory learner\n"
-                  f"precision {own['precision']:.2f}\nrecall {own['recall']:.2f}")
-        grid[line, 0].set_ylabel(f"learner: {learner}", fontsize=10)
-        for axes, (name, divergence) in zip(grid[line, 1:], DIVERGENCES.items()):
-            logp = sequence_log_prob(solutions[memory, name][0][:1], demo.length, memory)[0]
-            own = describe(demo, logp)
-            draw_page(axes, demo, logp, f"{divergence.label}\n\nprecision {own['precision']:.2f}\n"
-                      f"recall {own['recall']:.2f}")
+    figure, grid = pyplot().subplots(len(MEMORIES), 8, figsize=(11, 6.2))
+    for line, (memory, learner) in zip(grid, MEMORIES.items()):
+        draw_page(line[0], demo, demonstrator_log_prob(demo),
+                  "demonstrator and\nfull-memory learner")
+        line[0].set_ylabel(f"learner: {learner}", fontsize=10)
+        for axes, (name, divergence) in zip(line[1:], DIVERGENCES.items()):
+            logp = sequence_log_prob(solutions[memory, name][0][:1])[0]
+            draw_page(axes, demo, logp, divergence.label + "\n")
     figure.suptitle("what each learner writes, by the divergence minimised "
                     "(faded: sequences that no style means to write)", fontsize=10)
-    return save_figure(figure, path)
+    return figure
 
 
-def draw_horizon(path, curves):
+def draw_horizon(curves):
     """What SFT writes that nobody wrote, against T: measured points over their closed forms."""
-    plt = pyplot()
-    figure, axes = plt.subplots(figsize=(5.5, 3.4))
-    labels = {0: ("memoryless, aaa… and bbb…", "$1-2^{1-T}$", COLORS["forward_kl"]),
-              1: ("one letter, aaa… and abcabc…", r"$1-2^{-\lfloor (T-2)/3 \rfloor}$",
-                  COLORS["pearson_chi2"])}
-    for memory, (label, formula, color) in labels.items():
+    figure, axes = pyplot().subplots(figsize=(5.5, 3.4))
+    for memory, label, color, how in (
+            (0, "memoryless, aaa… and bbb…: $1-2^{1-T}$", "forward_kl", "default"),
+            (1, r"one letter, aaa… and abcabc…: $1-2^{-\lfloor (T-2)/3 \rfloor}$", "pearson_chi2",
+             "steps-post")):
         length, measured, closed = zip(*curves[memory])
-        axes.plot(length, closed, color=color, drawstyle="steps-post" if memory else "default")
-        axes.plot(length, measured, "o", color=color, markersize=4, label=f"{label}: {formula}")
+        axes.plot(length, closed, color=COLORS[color], drawstyle=how)
+        axes.plot(length, measured, "o", color=COLORS[color], markersize=4, label=label)
     axes.set(title="what SFT writes that nobody wrote", xlabel="length of the sequence, T",
              ylabel="share of what it writes", ylim=(-0.03, 1.03))
     axes.legend(fontsize=8, loc="lower right")
-    return save_figure(figure, path)
+    return figure
 
 
-def main(config):
-    torch.set_num_threads(1)  # the tensors are small: a second thread costs more than it gives
-    demo = demonstrator_of(config)
-    check_enumerable(demo.length, demo.letters)
-    if config.starts < 1:
-        raise InputError(f"--starts must be at least 1, got {config.starts}")
-    solutions = solve_all(demo, config.starts, config.seed)
+def main(s):
+    """Solve for every learner and divergence, print the tables, write results and figures."""
+    demo = demonstrator_of(s)
+    out = claim_folder(s.out, overwrite=True)
+    solutions = solve_all(demo, s.starts, s.seed)
     rows = summarise(demo, solutions)
-    print_tables(demo, rows)
     curves = {memory: horizon_curve(range(1, 25), memory) for memory in MEMORIES}
-    print("\nwhat SFT writes that nobody wrote (two styles, by dynamic programming):")
-    print(f"{'T':<34}" + "".join(f"{t:>7}" for t, *_ in curves[0][1::4]))
-    for memory, styles in ((0, "aaa... and bbb..."), (1, "aaa... and abcabc...")):
-        print(f"{MEMORIES[memory] + ', ' + styles:<34}"
-              + "".join(f"{share:>7.3f}" for _, share, _ in curves[memory][1::4]))
-    out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
-    results = {"settings": asdict(config), "demonstrator": describe(
-        demo, demonstrator_log_prob(demo)), "solutions": rows, "nobody_wrote": curves}
-    write_json(out / "results.json", results)
-    draw_pages(out / "token_mdp.png", demo, solutions)
-    draw_horizon(out / "token_mdp_horizon.png", curves)
-    print(f"\nwrote results.json, token_mdp.png and token_mdp_horizon.png to {out}")
+    print_tables(s, demo, rows, curves)
+    results = {"demonstrator": describe(demo, demonstrator_log_prob(demo)), "solutions": rows,
+               "nobody_wrote": curves}
+    write_world(out, s, results, {"token_mdp": draw_pages(demo, solutions),
+                                  "token_mdp_horizon": draw_horizon(curves)})
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)  # the tensors are small: a second thread costs more than it gives
     run_script(lambda: main(parse_settings(Settings)))

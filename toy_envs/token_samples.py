@@ -1,6 +1,6 @@
 """The token MDP from samples alone: SFT by likelihood, the other divergences by adversaries.
 
-token_mdp.py minimises every divergence exactly. Here the same memoryless learner sees only
+token_mdp.py minimises every divergence exactly. Here the memoryless learner sees only
 demonstrations and its own roll-outs: a discriminator is trained to tell the two apart, its logit h
 stands in for log beta - log pi, and the policy follows the policy gradient of r(h). The exact
 divergences, which the learner never sees, are tracked along the way, and each run is compared with
@@ -27,33 +27,32 @@ What came out, over three seeds, in the divergence's unit above the exact optimu
     that it has not seen; 0.4 with the exact log-ratio, whose rewards down to -e^13 for what nobody
     writes leave the optimiser little step for the rest.
 
-Shapes: R runs side by side, B samples of one run, T letters in a sequence, A letters, C contexts,
+Shapes: R runs side by side, B samples of one run, T letters in a sequence, A letters, one context,
 N = A^T sequences. Divergences are per sequence, in nats for the KLs.
 """
 
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
+from torch.nn.functional import one_hot
+from torch.optim.lr_scheduler import LinearLR
 from tqdm import tqdm
 
 from divergences import (DIVERGENCES, FORWARD_KL, PEARSON_CHI2, discriminator_loss, f_divergence,
                          policy_surrogate)
-from model import InputError, write_json
-from toy_envs.figures import COLORS, pyplot, save_figure
+from model import claim_folder, require
+from toy_envs import token_mdp
+from toy_envs.figures import COLORS, pyplot, write_world
 from toy_envs.token_mdp import (
-    all_sequences, check_enumerable, contexts_at, demonstrator_log_prob, demonstrator_of,
-    policy_log_prob, sequence_index, sequence_log_prob, sft_optimum, solve_all)
+    all_sequences, demonstrator_log_prob, demonstrator_of, policy_log_prob, sequence_index,
+    sequence_log_prob, sft_optimum, solve_all)
 from train import parse_settings, run_script, setting
 
 
 @dataclass
-class Settings:
+class Settings(token_mdp.Settings):
     """Imitate a demonstrator from samples under every divergence, and compare with the truth."""
-    patterns: str = setting("aaaaaa,abcabc,dcdcdc", "the styles' patterns, of one length")
-    weights: str = setting("0.5,0.3,0.2", "how often the demonstrator uses each style")
-    slip: float = setting(0.02, "probability that a style writes another letter than its pattern's")
-    letters: int = setting(4, "size of the alphabet")
+    starts: int = setting(2, "random starts of the exact solutions, besides one per set of styles")
     demos: int = setting(20000, "demonstrations")
     rounds: int = setting(300, "rounds of discriminator and policy in adversarial training")
     batch: int = setting(1024, "samples of each policy per round")
@@ -80,34 +79,33 @@ def resample(demos, count, generator):
     return demos[torch.randint(len(demos), (count,), generator=generator)][None]
 
 
-def sample_policy(log_pi, count, length, memory, generator):
-    """Sequences (R, count, T) rolled out letter by letter from log_pi (R, C, A)."""
-    rows, _, letters = log_pi.shape
-    pi, context, first = log_pi.detach().exp(), torch.zeros(rows, count, dtype=torch.long), 0
-    written = []
-    for t in range(length):
-        here = pi.gather(1, (first + context)[:, :, None].expand(-1, -1, letters))
-        written.append(draw_letters(here, generator))                        # (R, count)
-        first += contexts_at(t, letters, memory)
-        context = (context * letters + written[-1]) % contexts_at(t + 1, letters, memory)
-    return torch.stack(written, dim=-1)
+def sample_policy(log_pi, count, generator):
+    """Sequences (R, count, T) rolled out from memoryless policies log_pi (R, T, 1, A)."""
+    step = log_pi.detach().exp().movedim(1, 0)                               # (T, R, 1, A)
+    return draw_letters(step.expand(-1, -1, count, -1), generator).movedim(0, -1)
 
 
-def fit_sft(demos, letters, memory, steps=300, rate=0.1):
-    """SFT by gradient descent on the negative log-likelihood of demos (B, T): logits (1, C, A)."""
-    length = demos.shape[1]
-    contexts = sum(contexts_at(t, letters, memory) for t in range(length))
-    logits = torch.zeros(1, contexts, letters, requires_grad=True)
+def descend(optimizer, loss):
+    """One step down the loss."""
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
+def fit_sft(demos, letters, steps=300, rate=0.1):
+    """SFT by gradient descent on the negative log-likelihood of demos (B, T): logits (1, T, 1, A).
+
+    A memoryless likelihood asks of the demonstrations only how often each letter is at each step.
+    """
+    frequency = one_hot(demos, letters).float().mean(0)[:, None]             # (T, 1, A)
+    logits = torch.zeros(1, *frequency.shape, requires_grad=True)
     optimizer = torch.optim.Adam([logits], lr=rate)
-    distinct, count = demos.unique(dim=0, return_counts=True)
-    share = count / count.sum()
     for _ in range(steps):
-        loss = -(share * policy_log_prob(logits.log_softmax(-1), distinct[None], memory)).sum()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        descend(optimizer, -(frequency * logits.log_softmax(-1)).sum())
     return logits.detach()
 
+
+# ---- the discriminators -------------------------------------------------------------------------
 
 def tabular_discriminator(rows, length, letters, generator):
     """One logit per sequence: parameters and a function (R, B, T) sequences -> (R, B) logits."""
@@ -124,8 +122,8 @@ def neural_discriminator(rows, length, letters, generator, width=64):
     bias = torch.zeros(rows, 1, width, requires_grad=True)
 
     def logits(y):
-        one_hot = torch.eye(letters)[y].flatten(2)                           # (R or 1, B, T * A)
-        return (torch.relu(one_hot @ first + bias) @ second).squeeze(-1)
+        letters_of = torch.eye(letters)[y].flatten(2)                        # (R or 1, B, T * A)
+        return (torch.relu(letters_of @ first + bias) @ second).squeeze(-1)
     return [first, bias, second], logits
 
 
@@ -135,6 +133,39 @@ DISCRIMINATORS = {"tabular": (tabular_discriminator, 0.1), "neural": (neural_dis
 # than in the adversarial loop, since here the samples stand still.
 SIZES = (1000, 10_000, 100_000, 1_000_000)
 RATE_AND_STEPS = {"tabular": (0.3, 1000), "neural": (0.04, 400)}
+
+
+def discriminator_accuracy(demo, log_pi, sizes, kind, generator):
+    """Train discriminators on `size` demonstrations and as many samples of log_pi (1, T, 1, A),
+    one run per size, and compare their logits with the exact log-ratio.
+
+    Returns a dict: the logits h (R, N), the exact log-ratio (N,), weights (N,), and per run the
+    correlation of the two and the root mean square error in nats. Both are weighted with
+    (beta + pi) / 2: over what either of them writes.
+    """
+    (make, _), (rate, steps) = DISCRIMINATORS[kind], RATE_AND_STEPS[kind]
+    log_beta = demonstrator_log_prob(demo)
+    logp = sequence_log_prob(log_pi)[0]
+    every = all_sequences(demo.length, demo.letters)[None]                   # (1, N, T)
+    seen = [torch.stack([torch.multinomial(p.exp(), size, replacement=True, generator=generator)
+                         .bincount(minlength=len(p)) / size for size in sizes]).float()
+            for p in (log_beta, logp)]                                       # two of (R, N)
+    parameters, logit = make(len(sizes), demo.length, demo.letters, generator)
+    judge = torch.optim.Adam(parameters, lr=rate)
+    fall = LinearLR(judge, 1.0, 0.0, steps)
+    for _ in tqdm(range(steps), desc=f"{kind} accuracy", disable=None, leave=False):
+        h = logit(every)
+        descend(judge, discriminator_loss(h, h, *seen).sum())
+        fall.step()
+    h, exact, weights = h.detach().double(), log_beta - logp, (log_beta.exp() + logp.exp()) / 2
+    covariance = torch.cov(torch.cat([h, exact[None]]), aweights=weights)    # (R + 1, R + 1)
+    spread = covariance.diagonal().sqrt()
+    return {"h": h, "exact": exact, "weights": weights,
+            "correlation": (covariance[:-1, -1] / (spread[:-1] * spread[-1])).tolist(),
+            "error": (weights * (h - exact) ** 2).sum(-1).sqrt().tolist()}
+
+
+# ---- the adversarial loop -----------------------------------------------------------------------
 
 # The runs of one experiment: each divergence on-policy; those for which missing the demonstrator
 # costs infinitely much also with demonstrations.
@@ -160,16 +191,16 @@ def policy_gradient_loss(runs, h, logp, batch):
     return total
 
 
-def train_adversarially(demo, demos, logits, kind, config, generator, runs=RUNS, watch=None):
-    """Imitate demos (B, T) in every run side by side, from the policy logits (1, C, A).
+def train_adversarially(demo, demos, logits, kind, s, generator, runs=RUNS):
+    """Imitate demos (B, T) in every run side by side, from the policy logits (1, T, 1, A).
 
     Each round: roll out every policy; two steps of its discriminator on fresh demonstrations and
-    those roll-outs; one policy-gradient step. Both rates fall linearly to zero. The learners are
-    memoryless. kind: a key of DISCRIMINATORS, or "exact", a control that no learner has: h is the
-    exact log-ratio, and what then still goes wrong is the policy gradient's own noise.
-    watch(round, log_pi) sees the policies every tenth round. Returns the last log pi (R, C, A).
+    those roll-outs; one policy-gradient step. Both rates fall linearly to zero.
+    kind: a key of DISCRIMINATORS, or "exact", a control that no learner has: h is the exact
+    log-ratio, and what then still goes wrong is the policy gradient's own noise.
+    Returns the last log pi (R, T, 1, A), and a stack of those before every tenth round.
     """
-    logits = logits.repeat(len(runs), 1, 1).requires_grad_()
+    logits, track = logits.repeat(len(runs), 1, 1, 1).requires_grad_(), []
     # a short memory of the gradient's size: chi2 rewards start a millionfold larger than they end
     writer = torch.optim.Adam([logits], lr=0.05, betas=(0.9, 0.95))
     if kind == "exact":
@@ -178,65 +209,24 @@ def train_adversarially(demo, demos, logits, kind, config, generator, runs=RUNS,
         make, rate = DISCRIMINATORS[kind]
         parameters, logit = make(len(runs), demo.length, demo.letters, generator)
         judge = torch.optim.Adam(parameters, lr=rate)
-    fall = [torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, config.rounds)
-            for optimizer in (writer, judge) if optimizer]
-
-    for step in tqdm(range(config.rounds), desc=kind, disable=None, leave=False):
+    fall = [LinearLR(optimizer, 1.0, 0.0, s.rounds) for optimizer in (writer, judge) if optimizer]
+    for step in tqdm(range(s.rounds), desc=kind, disable=None, leave=False):
         log_pi = logits.log_softmax(-1)
-        if watch and step % 10 == 0:
-            watch(step, log_pi.detach())
-        own = sample_policy(log_pi, config.batch, demo.length, 0, generator)
+        if step % 10 == 0:
+            track.append(log_pi.detach())
+        own = sample_policy(log_pi, s.batch, generator)
         for _ in range(2 if judge else 0):
-            theirs = resample(demos, config.batch, generator)
-            judge.zero_grad()
-            discriminator_loss(logit(theirs), logit(own)).sum().backward()
-            judge.step()
-        theirs = resample(demos, config.batch, generator).expand(len(runs), -1, -1)
+            theirs = resample(demos, s.batch, generator)
+            descend(judge, discriminator_loss(logit(theirs), logit(own)).sum())
+        theirs = resample(demos, s.batch, generator).expand(len(runs), -1, -1)
         both = torch.cat([own, theirs], dim=1)
-        logp = policy_log_prob(log_pi, both, 0)
+        logp = policy_log_prob(log_pi, both)
         with torch.no_grad():
             h = logit(both) if judge else log_beta[sequence_index(both, demo.letters)] - logp
-        writer.zero_grad()
-        policy_gradient_loss(runs, h, logp, config.batch).backward()
-        writer.step()
+        descend(writer, policy_gradient_loss(runs, h, logp, s.batch))
         for schedule in fall:
             schedule.step()
-    return logits.detach().log_softmax(-1)
-
-
-# ---- how well a discriminator knows the log-ratio ------------------------------------------------
-
-def discriminator_accuracy(demo, log_pi, sizes, kind, generator):
-    """Train discriminators on `size` demonstrations and as many samples of log_pi (1, C, A), one
-    run per size, and compare their logits with the exact log-ratio.
-
-    Returns h (R, N), the exact log-ratio (N,), and per run the correlation and root mean square
-    error in nats, both weighted with (beta + pi) / 2: over what either of them writes.
-    """
-    (make, _), (rate, steps) = DISCRIMINATORS[kind], RATE_AND_STEPS[kind]
-    log_beta = demonstrator_log_prob(demo)
-    logp = sequence_log_prob(log_pi, demo.length, memory=0)[0]
-    every = all_sequences(demo.length, demo.letters)[None]                   # (1, N, T)
-    seen = [torch.stack([torch.multinomial(p.exp(), size, replacement=True, generator=generator)
-                         .bincount(minlength=len(p)) / size for size in sizes]).float()
-            for p in (log_beta, logp)]                                       # two of (R, N)
-    parameters, logit = make(len(sizes), demo.length, demo.letters, generator)
-    judge = torch.optim.Adam(parameters, lr=rate)
-    fall = torch.optim.lr_scheduler.LinearLR(judge, 1.0, 0.0, steps)
-    for _ in tqdm(range(steps), desc=f"{kind} accuracy", disable=None, leave=False):
-        judge.zero_grad()
-        h = logit(every)
-        discriminator_loss(h, h, weights_demo=seen[0], weights_policy=seen[1]).sum().backward()
-        judge.step()
-        fall.step()
-    h, exact, weights = h.detach().double(), log_beta - logp, (log_beta.exp() + logp.exp()) / 2
-
-    def centred(x):
-        return x - (weights * x).sum(-1, keepdim=True)
-    covariance = (weights * centred(h) * centred(exact)).sum(-1)
-    spread = (weights * centred(h) ** 2).sum(-1) * (weights * centred(exact) ** 2).sum(-1)
-    error = (weights * (h - exact) ** 2).sum(-1).sqrt()
-    return h, exact, (covariance / spread.sqrt()).tolist(), error.tolist()
+    return logits.detach().log_softmax(-1), torch.stack(track)
 
 
 # ---- the experiment -----------------------------------------------------------------------------
@@ -250,128 +240,112 @@ def nearest_optimum(logp, optima, values):
     return values[distance.argmin()].item()
 
 
-def imitate(demo, demos, config, generator):
+def imitate(demo, demos, s, generator):
     """SFT and every adversarial run on the same demonstrations, against their exact optima.
 
-    Returns a row of numbers per method, and {(kind, run): [(round, exact D_f), ...]}.
+    Returns {(kind, divergence, source): a row of numbers}, and of the adversarial runs also
+    {the same: D_f before every tenth round}.
     """
-    log_beta, tracks, rows = demonstrator_log_prob(demo), {}, []
-    exact = {name: (sequence_log_prob(log_pi, demo.length, 0), value) for (_, name), (
-        log_pi, value, _) in solve_all(demo, starts=2, seed=config.seed, memories=(0,)).items()}
-    sft = fit_sft(demos, demo.letters, memory=0)
+    log_beta, rows, tracks = demonstrator_log_prob(demo), {}, {}
+    exact = {name: (sequence_log_prob(log_pi), values)
+             for (_, name), (log_pi, values, _) in solve_all(demo, s.starts, s.seed, (0,)).items()}
 
-    def add_row(method, divergence, kind, logp):
+    def add_row(kind, divergence, source, log_pi):
+        logp = sequence_log_prob(log_pi[None].double())[0]
         value = f_divergence(divergence, log_beta, logp).item()
         optimum = nearest_optimum(logp, *exact[divergence.name])
-        rows.append({"method": method, "divergence": divergence.name, "logit": kind,
-                     "value": value, "optimum": optimum, "gap": value - optimum,
-                     "best": exact[divergence.name][1][0].item()})
+        rows[kind, divergence.name, source] = {
+            "method": source, "divergence": divergence.name, "logit": kind, "value": value,
+            "optimum": optimum, "gap": value - optimum}
 
-    add_row("SFT", FORWARD_KL, "none", sequence_log_prob(
-        sft.double().log_softmax(-1), demo.length, 0)[0])
+    sft = fit_sft(demos, demo.letters)
+    add_row("none", FORWARD_KL, "SFT", sft[0].double().log_softmax(-1))
     for kind in ("exact", *DISCRIMINATORS):
-        def watch(step, log_pi):
-            logp = sequence_log_prob(log_pi.double(), demo.length, 0)
-            for i, (divergence, source) in enumerate(RUNS):
-                tracks.setdefault((kind, divergence.name, source), []).append(
-                    (step, f_divergence(divergence, log_beta, logp[i]).item()))
-        log_pi = train_adversarially(demo, demos, sft, kind, config, generator, watch=watch)
-        logp = sequence_log_prob(log_pi.double(), demo.length, 0)
+        log_pi, track = train_adversarially(demo, demos, sft, kind, s, generator)
         for i, (divergence, source) in enumerate(RUNS):
-            add_row(source, divergence, kind, logp[i])
+            add_row(kind, divergence, source, log_pi[i])
+            logp = sequence_log_prob(track[:, i].double())
+            tracks[kind, divergence.name, source] = f_divergence(divergence, log_beta, logp)
     return rows, tracks
 
 
-def print_results(rows, accuracy):
+def print_tables(rows, accuracy):
+    """How far above its optimum each run ends, and how well the logits know the log-ratio."""
     print("how far above the exact optimum next to it each method ends, in the divergence's\nunit,"
           " by what the policy follows: the exact log-ratio (a control) or a logit\n")
     print(f"{'minimised':<20}{'gradient from':<16}{'optimum':>10}{'exact':>11}{'tabular':>11}"
           f"{'neural':>11}")
-    by = {(row["divergence"], row["method"], row["logit"]): row for row in rows}
     for divergence, source in RUNS:
-        cells = [by[divergence.name, source, kind] for kind in ("exact", *DISCRIMINATORS)]
+        cells = [rows[kind, divergence.name, source] for kind in ("exact", *DISCRIMINATORS)]
         print(f"{divergence.label:<20}{source:<16}{cells[-1]['optimum']:>10.5g}"
               + "".join(f"{cell['gap']:>11.2g}" for cell in cells))
-    print(f"{'forward KL':<20}{'SFT':<16}{rows[0]['optimum']:>10.5g}{rows[0]['gap']:>11.2g}")
+    sft = rows["none", "forward_kl", "SFT"]
+    print(f"{'forward KL':<20}{'SFT':<16}{sft['optimum']:>10.5g}{sft['gap']:>11.2g}")
     print("\nlogit against exact log-ratio, SFT's policy: correlation (rms error, nats)\n")
     print(f"{'samples of each':<17}" + "".join(f"{size:>15,}" for size in SIZES))
-    for kind, result in accuracy.items():
+    for kind, learned in accuracy.items():
         print(f"{kind:<17}" + "".join(f"{c:>7.4f} ({e:5.2f})" for c, e in zip(
-            result["correlation"], result["error"])))
+            learned["correlation"], learned["error"])))
 
 
-def draw_training(path, rows, tracks):
+def draw_training(rows, tracks):
     """The distance from the exact optimum along training, one panel per source of h."""
-    plt = pyplot()
-    figure, panels = plt.subplots(1, 3, figsize=(11, 3.8), sharey=True)
-    optimum = {(row["logit"], row["divergence"], row["method"]): row["optimum"]
-               for row in rows}
-    titles = {"exact": "exact log-ratio (control)", "tabular": "tabular discriminator",
-              "neural": "neural discriminator"}
-    for axes, kind in zip(panels, titles):
+    figure, panels = pyplot().subplots(1, 3, figsize=(11, 3.8), sharey=True)
+    for axes, (kind, title) in zip(panels, (("exact", "exact log-ratio (control)"),
+                                            ("tabular", "tabular discriminator"),
+                                            ("neural", "neural discriminator"))):
         for divergence, source in RUNS:
-            step, value = zip(*tracks[kind, divergence.name, source])
-            best = optimum[kind, divergence.name, source]
-            axes.plot(step, [max(v - best, 1e-5) for v in value], color=COLORS[divergence.name],
-                      linestyle="--" if source == "demonstrations" else "-",
-                      label=divergence.label + (" + demonstrations"
-                                                if source == "demonstrations" else ""))
+            above = (tracks[kind, divergence.name, source]
+                     - rows[kind, divergence.name, source]["optimum"]).clamp(min=1e-5)
+            with_demos = source == "demonstrations"
+            axes.plot(range(0, 10 * len(above), 10), above, color=COLORS[divergence.name],
+                      linestyle="--" if with_demos else "-",
+                      label=divergence.label + " + demonstrations" * with_demos)
         axes.axhline(0.02, color="#999999", linewidth=0.8, label="0.02")
-        axes.set(title=titles[kind], xlabel="round", yscale="log", ylim=(1e-4, 1e5))
+        axes.set(title=title, xlabel="round", yscale="log", ylim=(1e-4, 1e5))
     panels[0].set_ylabel("D_f above the exact optimum")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
-    return save_figure(figure, path)
+    return figure
 
 
-def draw_accuracy(path, accuracy, weights):
+def draw_accuracy(accuracy):
     """Left: the neural logit against the truth at the most samples. Right: error by samples."""
-    plt = pyplot()
-    figure, (left, right) = plt.subplots(1, 2, figsize=(8.5, 3.6))
+    figure, (left, right) = pyplot().subplots(1, 2, figsize=(8.5, 3.6))
     exact, h = accuracy["neural"]["exact"], accuracy["neural"]["h"][-1]
-    ends = [exact.min().item(), exact.max().item()]
+    ends = [exact.min(), exact.max()]
     left.plot(ends, ends, color="#999999", linewidth=0.8)
-    left.scatter(exact, h, s=2 + 300 * weights, alpha=0.5, linewidth=0, color=COLORS["init-sft"])
+    left.scatter(exact, h, s=2 + 300 * accuracy["neural"]["weights"], alpha=0.5, linewidth=0,
+                 color=COLORS["init-sft"])
     left.set(title=f"neural logit, {SIZES[-1]:,} samples of each", ylabel="logit, nats",
              xlabel="exact log beta - log pi, nats (area: probability)")
-    for kind, color in zip(DISCRIMINATORS, (COLORS["init-demo"], COLORS["init-sft"])):
-        right.plot(SIZES, accuracy[kind]["error"], "o-", color=color, label=kind)
+    for kind, color in zip(DISCRIMINATORS, ("init-demo", "init-sft")):
+        right.plot(SIZES, accuracy[kind]["error"], "o-", color=COLORS[color], label=kind)
     right.set(title="error of the logit", xlabel="samples of each", xscale="log", yscale="log",
               ylabel="rms error, nats")
     right.legend()
-    return save_figure(figure, path)
+    return figure
 
 
-def check(config):
-    if min(config.demos, config.rounds, config.batch) < 1:
-        raise InputError("--demos, --rounds and --batch must be at least 1")
-
-
-def main(config):
-    torch.set_num_threads(1)  # the tensors are small: a second thread costs more than it gives
-    check(config)
-    demo = demonstrator_of(config)
-    check_enumerable(demo.length, demo.letters)
-    generator = torch.Generator().manual_seed(config.seed)
-    demos = sample_demonstrations(demo, config.demos, generator)
-    rows, tracks = imitate(demo, demos, config, generator)
-    policy, accuracy = sft_optimum(demo, memory=0).log()[None], {}
-    for kind in DISCRIMINATORS:
-        names = ("h", "exact", "correlation", "error")
-        accuracy[kind] = dict(zip(names, discriminator_accuracy(
-            demo, policy, SIZES, kind, generator)))
-    print_results(rows, accuracy)
-    out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
-    results = {"settings": asdict(config), "methods": rows, "accuracy": {
-        kind: {"samples": SIZES, "correlation": a["correlation"], "error": a["error"]}
-        for kind, a in accuracy.items()}}
-    write_json(out / "results.json", results)
-    draw_training(out / "token_samples.png", rows, tracks)
-    both = (demonstrator_log_prob(demo).exp()
-            + sequence_log_prob(policy, demo.length, 0)[0].exp()) / 2
-    draw_accuracy(out / "token_discriminator.png", accuracy, both)
-    print(f"\nwrote results.json, token_samples.png and token_discriminator.png to {out}")
+def main(s):
+    """Imitate by every method, print the tables, write results and figures."""
+    require(min(s.demos, s.rounds, s.batch) >= 1,
+            "--demos, --rounds and --batch must be at least 1")
+    demo = demonstrator_of(s)
+    out = claim_folder(s.out, overwrite=True)
+    generator = torch.Generator().manual_seed(s.seed)
+    demos = sample_demonstrations(demo, s.demos, generator)
+    rows, tracks = imitate(demo, demos, s, generator)
+    policy = sft_optimum(demo, memory=0).log()[None]
+    accuracy = {kind: discriminator_accuracy(demo, policy, SIZES, kind, generator)
+                for kind in DISCRIMINATORS}
+    print_tables(rows, accuracy)
+    results = {"methods": list(rows.values()), "accuracy": {
+        kind: {"samples": SIZES, "correlation": learned["correlation"], "error": learned["error"]}
+        for kind, learned in accuracy.items()}}
+    write_world(out, s, results, {"token_samples": draw_training(rows, tracks),
+                                  "token_discriminator": draw_accuracy(accuracy)})
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)  # the tensors are small: a second thread costs more than it gives
     run_script(lambda: main(parse_settings(Settings)))
