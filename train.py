@@ -9,12 +9,13 @@ reads a document as a response to the empty prompt. Only response tokens that th
 bear loss. Losses are in nats per token, discriminator losses in nats per pair of samples.
 """
 
-import argparse
 import copy
-import dataclasses
 import math
 import random
+import shutil
 import sys
+import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,62 +24,13 @@ import torch
 from tqdm import tqdm
 
 from divergences import discriminator_loss, policy_gradient_loss
-from model import (GPT, GPTConfig, InputError, bpe_tokenizer, claim_folder, collate,
-                   encode_documents, encode_pair, load_pretrained, logp_token, save_pretrained,
-                   write_aside)
+from model import (GPT, GPTConfig, InputError, bpe_tokenizer, collate, encode_documents, encode_pair,
+                   load_pretrained, logp_token, save_pretrained, write_aside, write_json)
 from reward import HEADS, RewardModel, at_the_end, bradley_terry_loss, implicit_reward
+from toy_envs.runs import claimed, keep, kept, parse_settings, provenance, run_script, setting
 from toy_envs.worlds import read_examples, read_texts
 
-
-# ---- settings and flags -------------------------------------------------------------------------
-
-def setting(default, help, choices=None):
-    """One field of a settings dataclass: its default, its line of documentation, its choices."""
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
-
-
-class _OneLineParser(argparse.ArgumentParser):
-    def error(self, message):
-        raise InputError(f"{message} (--help lists the flags)")
-
-
-def add_flags(parser, Settings):
-    """Give parser one flag per field of the dataclass: `batch_size: int` becomes `--batch-size`.
-
-    A bool field becomes a pair of switches, --name and --no-name; the help is the field's own line.
-    """
-    for field in dataclasses.fields(Settings):
-        name = "--" + field.name.replace("_", "-")
-        help = field.metadata["help"].replace("%", "%%")
-        if field.default not in (None, ""):
-            help += f" (default: {field.default})"
-        if isinstance(field.default, bool):
-            kind = {"action": argparse.BooleanOptionalAction}
-        else:
-            kind = {"type": str if field.default is None else type(field.default),
-                    "choices": field.metadata["choices"]}
-        parser.add_argument(name, default=field.default, help=help, **kind)
-
-
-def parse_settings(Settings, argv=None):
-    """Read the command line into the dataclass `Settings`; its docstring is the help's text."""
-    parser = _OneLineParser(description=Settings.__doc__, allow_abbrev=False,
-                            formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_flags(parser, Settings)
-    return Settings(**vars(parser.parse_args(argv)))
-
-
-def run_script(main):
-    """Call main(); on bad input print one line and exit with status 2, on Ctrl-C with 130."""
-    try:
-        main()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        sys.exit(130)
-
+SNAPSHOT_SECONDS = 20.0     # how much of a training loop's work a kill may cost
 
 # ---- batches ------------------------------------------------------------------------------------
 
@@ -123,37 +75,60 @@ def learning_rate(schedule, step, steps):
     return schedule.lr * (0.01 + 0.495 * (1 + math.cos(math.pi * progress)))
 
 
-def fit(model, items, loss_fn, schedule, rng, label="fit", held_out=None):
+def fit(model, items, loss_fn, schedule, rng, label="fit", held_out=None, snapshot=None):
     """Minimise loss_fn(model, list of items); with held-out items, keep the weights best on them.
 
+    snapshot: a path where the loop keeps its state now and then, to go on from there, bit for bit,
+    if it is called with the same arguments again; the caller removes it.
     Returns the history, a list of {step, loss[, held_out]}. Raises InputError at a loss that is not
     finite, naming the step; the model is then not to be used.
     """
     if not items:
         raise InputError(f"{label}: no data to train on")
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": schedule.weight_decay},
-                                   {"params": vectors, "weight_decay": 0.0}],
-                                  lr=schedule.lr, betas=(0.9, 0.99), fused=True)
+    optimizer = make_optimizer(model, schedule)
     steps = max(1, math.ceil(schedule.epochs * len(items) / schedule.batch_size))
     looks = {math.ceil(steps * (i + 1) / schedule.evaluations) - 1
              for i in range(schedule.evaluations)}
-    history, best, best_state, queue = [], math.inf, None, []
-    bar = tqdm(range(steps), desc=label, unit="step", disable=None, leave=False)
+    history, best, best_model, queue = [], math.inf, None, []
+    of = snapshot and f"{zlib.crc32(repr((schedule, items, held_out, rng.getstate())).encode())}"
+    found, saved = snapshot and kept(snapshot, of, device_of(model)), time.monotonic()
+    if found:
+        model.load_state_dict(found["model"])
+        optimizer.load_state_dict(found["optimizer"])
+        history, best, best_model, epoch = (found[name] for name in ("history", "best",
+                                                                     "best_model", "epoch"))
+        rng.setstate(epoch)
+        queue = length_batches(items, schedule.batch_size, rng)[:found["left"]]
+    bar = tqdm(range(len(history), steps), label, steps, initial=len(history), unit="step",
+               disable=None, leave=False)
     for step in bar:
-        queue = queue or length_batches(items, schedule.batch_size, rng)
+        if not queue:
+            epoch, queue = rng.getstate(), length_batches(items, schedule.batch_size, rng)
         loss = loss_fn(model, queue.pop())
         take_step(model, optimizer, loss, schedule, step, steps, label)
         history.append({"step": step, "loss": loss.item()})
         if held_out and step in looks:
             history[-1]["held_out"] = now = mean_loss(model, held_out, loss_fn, schedule.batch_size)
             if now < best:
-                best, best_state = now, copy.deepcopy(model.state_dict())
+                best, best_model = now, copy.deepcopy(model.state_dict())
             bar.set_postfix(held_out=f"{now:.3f}")
-    if best_state is not None:
-        model.load_state_dict(best_state)
+        if snapshot and time.monotonic() - saved > SNAPSHOT_SECONDS:
+            keep(snapshot, {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                            "history": history, "best": best, "best_model": best_model,
+                            "epoch": epoch, "left": len(queue)}, of)
+            saved = time.monotonic()
+    if best_model is not None:
+        model.load_state_dict(best_model)
     return history
+
+
+def make_optimizer(model, schedule):
+    """AdamW; weight decay is for matrices only."""
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    return torch.optim.AdamW([{"params": matrices, "weight_decay": schedule.weight_decay},
+                              {"params": vectors, "weight_decay": 0.0}],
+                             lr=schedule.lr, betas=(0.9, 0.99), fused=True)
 
 
 def take_step(model, optimizer, loss, schedule, step, steps, label):
@@ -229,14 +204,22 @@ def pair_up(positives, negatives, rng):
     return cycle(a, b), cycle(a_held, b_held)
 
 
-def train_reward(policy, items, held_out, loss_fn, schedule, rng, head="sum", label="reward"):
+def fine_tune(policy, learn, held_out, schedule, rng, label="sft", snapshot=None):
+    """(policy, history): a copy of policy of least nll_loss on pairs (prompt ids, response ids)."""
+    policy = copy.deepcopy(policy)
+    learn, held_out = ([(pair,) for pair in pairs] for pairs in (learn, held_out))
+    return policy, fit(policy, learn, nll_loss, schedule, rng, label, held_out, snapshot)
+
+
+def train_reward(policy, items, held_out, loss_fn, schedule, rng, head="sum", label="reward",
+                 snapshot=None):
     """A RewardModel started from policy, trained on items (better pair, worse pair).
 
     The held-out items pick the weights: no model is judged by its overfit. Returns the model and
     its history.
     """
     model = RewardModel(policy, head)
-    return model, fit(model, items, loss_fn, schedule, rng, label, held_out)
+    return model, fit(model, items, loss_fn, schedule, rng, label, held_out, snapshot)
 
 
 def optimise_policy(sft, reward, draw, steps, schedule, beta, k, ppo_clip=0.0, dense=True,
@@ -274,7 +257,7 @@ def optimise_policy(sft, reward, draw, steps, schedule, beta, k, ppo_clip=0.0, d
     return policy, history
 
 
-def fit_pairs(reference, items, beta, schedule, rng, label="pairs"):
+def fit_pairs(reference, items, beta, schedule, rng, label="pairs", snapshot=None):
     """The policy, started at the reference, of least Bradley-Terry loss of its implicit reward
     beta (log pi - log pi_ref) on items (preferred pair, other pair), and the history.
 
@@ -287,7 +270,7 @@ def fit_pairs(reference, items, beta, schedule, rng, label="pairs"):
         r = implicit_reward(model, reference, batch, beta)
         return bradley_terry_loss(r[0::2], r[1::2])
     learn, held_out = split(items, 0.05, rng)
-    return policy, fit(policy, learn, loss_fn, schedule, rng, label, held_out)
+    return policy, fit(policy, learn, loss_fn, schedule, rng, label, held_out, snapshot)
 
 
 def choose_device(name):
@@ -322,6 +305,10 @@ def side_by_side(function, jobs, device):
 
 # ---- stage by stage, from the command line ------------------------------------------------------
 
+STAGES = {"pretrain": ["corpus"], "sft": ["demos", "init"],       # and what each has to be given
+          "reward": ["positives", "negatives", "init"]}
+
+
 @dataclass
 class Settings:
     """Train one stage: files in, a checkpoint folder out.
@@ -337,6 +324,7 @@ class Settings:
     init: str = setting(None, "sft, reward: the checkpoint folder to start from")
     out: str = setting(None, "the checkpoint folder to write")
     overwrite: bool = setting(False, "replace the checkpoint that --out holds")
+    resume: bool = setting(False, "go on where the same command was stopped")
     seed: int = setting(0, "random seed")
     device: str = setting("auto", "auto, cpu, cuda or mps")
     lr: float = setting(1e-3, "peak learning rate")
@@ -372,17 +360,20 @@ def check_model(n_embd, n_head, vocab_size):
         raise InputError(f"--vocab-size {vocab_size}: 256 bytes and two special tokens are least")
 
 
-def run_stage(stage, s):
-    """Train one stage as the settings say and write its checkpoint."""
+def check(stage, s):
+    """Refuse settings that the stage cannot run with. Raises InputError."""
     for name in ("lr", "epochs", "batch_size", "max_response", "n_positions", "n_layer"):
         if not (getattr(s, name) > 0 and math.isfinite(getattr(s, name))):
             raise InputError(f"--{name.replace('_', '-')} must be positive")
     check_model(s.n_embd, s.n_head, s.vocab_size)
-    for name in {"pretrain": ["corpus"], "sft": ["demos", "init"],
-                 "reward": ["positives", "negatives", "init"]}[stage] + ["out"]:
+    for name in (*STAGES[stage], "out"):
         if getattr(s, name) is None:
             raise InputError(f"{stage} needs --{name}")
-    schedule = Schedule(s.lr, s.epochs, s.batch_size)
+
+
+def run_stage(stage, s):
+    """Train one stage as the settings say and write its checkpoint."""
+    check(stage, s)
     device, rng = choose_device(s.device), random.Random(s.seed)
     torch.manual_seed(s.seed)
     if stage == "pretrain":
@@ -390,28 +381,26 @@ def run_stage(stage, s):
         tokenizer = bpe_tokenizer(texts, s.vocab_size)
         model = GPT(GPTConfig(len(tokenizer), s.n_positions, s.n_embd, s.n_layer, s.n_head,
                               suppress_tokens=tokenizer.suppress))
+        data = encode_documents(tokenizer, texts, model.config.n_positions), []
     else:
         model, tokenizer, _ = load_pretrained(s.init)
-    fitting = model.config.n_positions, s.max_response
-    if stage == "reward":
-        positives, negatives = (read_pairs(path, tokenizer, *fitting)
-                                for path in (s.positives, s.negatives))
-    elif stage == "sft":
-        pairs = read_pairs(s.demos, tokenizer, *fitting)
-    out = claim_folder(s.out, s.overwrite)
-    model = model.to(device)
-    if stage == "reward":
-        reward, history = train_reward(model, *pair_up(positives, negatives, rng),
-                                       discriminator_step, schedule, rng, s.head, stage)
-        save_reward(out, reward, tokenizer)
-    else:
-        if stage == "pretrain":
-            learn, held_out = encode_documents(tokenizer, texts, model.config.n_positions), []
-        else:
-            learn, held_out = split(pairs, 0.05, rng)
-        history = fit(model, [(pair,) for pair in learn], nll_loss, schedule, rng, stage,
-                      [(pair,) for pair in held_out])
-        save_pretrained(out, model, tokenizer)
+        pairs = [read_pairs(getattr(s, name), tokenizer, model.config.n_positions, s.max_response)
+                 for name in STAGES[stage] if name != "init"]
+        data = pair_up(*pairs, rng) if stage == "reward" else split(*pairs, 0.05, rng)
+    out, head = Path(s.out), provenance(f"python train.py {stage}", s, device)
+    with claimed(out, "train.json", head, s.overwrite, s.resume) as head:
+        history, model = head.get("history"), model.to(device)
+        if history is None:
+            plan = Schedule(s.lr, s.epochs, s.batch_size), rng
+            if stage == "reward":
+                model, history = train_reward(model, *data, discriminator_step, *plan, s.head,
+                                              stage, out / "stages" / "fit")
+                save_reward(out, model, tokenizer)
+            else:
+                model, history = fine_tune(model, *data, *plan, stage, out / "stages" / "fit")
+                save_pretrained(out, model, tokenizer)
+            write_json(out / "train.json", {**head, "history": history})
+            shutil.rmtree(out / "stages", ignore_errors=True)
     print(f"{stage}: loss {history[0]['loss']:.3f} -> {history[-1]['loss']:.3f} in {len(history)} "
           f"steps; {out}")
 
@@ -425,12 +414,11 @@ def save_reward(folder, reward, tokenizer):
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    stages = ("pretrain", "sft", "reward")
-    if argv and argv[0] in stages:
+    if argv and argv[0] in STAGES:
         return run_stage(argv[0], parse_settings(Settings, argv[1:]))
     if {"-h", "--help"} & set(argv):
         return parse_settings(Settings, ["--help"])
-    raise InputError(f"name a stage first: {', '.join(stages)} (--help lists the flags)")
+    raise InputError(f"name a stage first: {', '.join(STAGES)} (--help lists the flags)")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import torch
 import train
 from divergences import forward_kl
 from model import (GPT, GPTConfig, InputError, collate, load_pretrained, logp_seq, logp_token)
-from train import Schedule, claim_folder, fit, learning_rate, length_batches, nll_loss, split
+from train import Schedule, fit, learning_rate, length_batches, nll_loss, split
 
 
 def tiny(seed=0, vocab=8, **more):
@@ -104,14 +104,6 @@ def test_no_held_out_text_was_trained_on():
     for side in (0, 1):
         assert not {item[side] for item in learn} & {item[side] for item in held}
     assert train.pair_up([], [1, 2], random.Random(0)) == ([], [])
-
-
-def test_a_folder_with_a_run_is_refused(tmp_path):
-    claim_folder(tmp_path / "new", False)
-    (tmp_path / "new" / "config.json").write_text("{}")
-    with pytest.raises(InputError, match="another run"):
-        claim_folder(tmp_path / "new", False)
-    claim_folder(tmp_path / "new", True)
 
 
 def test_devices():
