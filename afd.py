@@ -17,7 +17,7 @@ reward is known. In code `init` is pi_0, `sft` pi_SFT. Golden in points; proxies
 import math
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +67,10 @@ class Settings:
     overwrite: bool = setting(False, "replace the run that --out holds")
     resume: bool = setting(False, "go on with the run that --out holds where it was stopped")
     device: str = setting("auto", "auto, cpu, cuda or mps")
+    micro_tokens: int = setting(0, "tokens that go through the model at a time in training, with "
+                                   "padding; a step's gradients add up to the same (0: all)")
+    bf16: bool = setting(False, "train in bfloat16 autocast; CUDA only")
+    compile: bool = setting(False, "compile the transformer while it is trained; CUDA only")
     init: str = setting(None, "pi_0 from this checkpoint folder, instead of pretraining it")
     demos: str = setting(None, "JSON lines (or .gz) with prompt and response, or chosen and "
                                "rejected dialogues: your own data instead of a built-in task")
@@ -112,17 +116,20 @@ LISTS = {"rewards": REWARD_MODELS, "methods": METHODS, "optimise": None,    # an
 RANGES = {"heterogeneity label_noise": (0, 1), "ppo_clip": (0, 0.9), "label_smoothing": (0, 0.4),
           "pretrain_epochs sft_epochs reward_epochs reward_clip pair_beta": (1e-9, 1e9),
           "seeds n_demos n_corpus n_samples n_prompts n_preferences n_candidates n_layer "
-          "max_prompt max_response policy_steps rounds": (1, math.inf), "group": (2, math.inf)}
+          "max_prompt max_response policy_steps rounds": (1, math.inf), "group": (2, math.inf),
+          "micro_tokens": (0, math.inf)}
 FLOOR = 0.1     # alpha of the floored log-ratio: the usual share of the plausibility constraint
 
 
 def schedules(s):
     """How each stage is trained, without weight decay; why so is in docs/LOG.md."""
-    return {"pretrain": Schedule(1.2e-2, s.pretrain_epochs, batch_size=24, warmup=0.05),
-            "sft": Schedule(1e-3, s.sft_epochs, evaluations=max(8, math.ceil(s.sft_epochs))),
-            "reward": Schedule(3e-3, s.reward_epochs),
-            "po": Schedule(3e-3), "adversarial": Schedule(3e-4),
-            "adversarial-exact": Schedule(3e-3), "pairs": Schedule(3e-4)}
+    plans = {"pretrain": Schedule(1.2e-2, s.pretrain_epochs, batch_size=24, warmup=0.05),
+             "sft": Schedule(1e-3, s.sft_epochs, evaluations=max(8, math.ceil(s.sft_epochs))),
+             "reward": Schedule(3e-3, s.reward_epochs),
+             "po": Schedule(3e-3), "adversarial": Schedule(3e-4),
+             "adversarial-exact": Schedule(3e-3), "pairs": Schedule(3e-4)}
+    return {name: replace(plan, micro_tokens=s.micro_tokens, bf16=s.bf16, compile=s.compile)
+            for name, plan in plans.items()}
 
 
 # ---- the algorithm ------------------------------------------------------------------------------
@@ -411,7 +418,7 @@ def main(argv=None):
     """Run every seed, write results.json and the figures, print the table. Returns the results."""
     start, s = time.perf_counter(), train.parse_settings(Settings, argv)
     check(s)
-    device, out = train.choose_device(s.device), Path(s.out)
+    device, out = train.choose_device(s.device, s.bf16, s.compile), Path(s.out)
     make_world = file_world if s.demos else text_world
     world = make_world(s, s.seed)       # bad data is refused here, before a file is written
     if s.init:

@@ -2,6 +2,7 @@
 
     python train.py pretrain --corpus FILE --out DIR                    pi_0
     python train.py sft      --demos FILE --init DIR --out DIR          pi_SFT
+    python train.py sample   --prompts FILE --init DIR --out FILE       y ~ pi
     python train.py reward   --positives FILE --negatives FILE --init DIR --out DIR
 
 A pair is (prompt ids, response ids): the response ends with EOS if it is finished. Pretraining
@@ -10,33 +11,32 @@ bear loss. Losses are in nats per token, discriminator losses in nats per pair o
 """
 
 import copy
+import json
 import math
 import random
 import shutil
 import sys
 import time
 import zlib
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from divergences import discriminator_loss, policy_gradient_loss
-from model import (GPT, GPTConfig, InputError, bpe_tokenizer, collate, encode_documents, encode_pair,
-                   load_pretrained, logp_token, save_pretrained, write_aside, write_json)
+from model import (GPT, GPTConfig, InputError, bpe_tokenizer, collate, encode_documents,
+                   encode_pair, load_pretrained, logp_token, sample_responses, save_pretrained,
+                   write_aside, write_json)
 from reward import HEADS, RewardModel, at_the_end, bradley_terry_loss, implicit_reward
-from toy_envs.runs import claimed, keep, kept, parse_settings, provenance, run_script, setting
-from toy_envs.worlds import read_examples, read_texts
+from toy_envs.parallel import Objective, from_all, item_length, processes, rank_and_count
+from toy_envs.runs import (choose_device, claimed, keep, kept, parse_settings, provenance,
+                           run_script, setting, side_by_side)
+from toy_envs.worlds import read_examples, read_prompts, read_texts
 
 SNAPSHOT_SECONDS = 20.0     # how much of a training loop's work a kill may cost
 
 # ---- batches ------------------------------------------------------------------------------------
-
-def item_length(item):
-    return max(len(prompt) + len(response) for prompt, response in item)
-
 
 def length_batches(items, batch_size, rng):
     """Shuffled batches whose items, tuples of pairs, are of similar length: little padding.
@@ -64,6 +64,10 @@ class Schedule:
     weight_decay: float = setting(0.0, "decoupled weight decay, on matrices only")
     clip: float = setting(1.0, "largest gradient norm")
     evaluations: int = setting(8, "looks at the held-out data; the best one is kept")
+    micro_tokens: int = setting(0, "tokens that go through the model at a time, padding included; "
+                                   "a step's gradients add up to the same (0: all of a step)")
+    bf16: bool = setting(False, "train in bfloat16 autocast; CUDA only")
+    compile: bool = setting(False, "compile the transformer while it is trained; CUDA only")
 
 
 def learning_rate(schedule, step, steps):
@@ -75,51 +79,58 @@ def learning_rate(schedule, step, steps):
     return schedule.lr * (0.01 + 0.495 * (1 + math.cos(math.pi * progress)))
 
 
-def fit(model, items, loss_fn, schedule, rng, label="fit", held_out=None, snapshot=None):
+def fit(model, items, loss_fn, schedule, rng, label="fit", held_out=(), snapshot=None,
+        weigh=lambda model, items: len(items)):
     """Minimise loss_fn(model, list of items); with held-out items, keep the weights best on them.
 
-    snapshot: a path where the loop keeps its state now and then, to go on from there, bit for bit,
-    if it is called with the same arguments again; the caller removes it.
+    weigh(model, items): how many terms loss_fn is a mean over; items of none are left out.
+    snapshot: a path where the loop keeps its state now and then; called with the same arguments
+    again it goes on from there, bit for bit. The caller removes it.
     Returns the history, a list of {step, loss[, held_out]}. Raises InputError at a loss that is not
     finite, naming the step; the model is then not to be used.
     """
+    items, held_out = ([i for i in part if weigh(model, [i])] for part in (items, held_out))
     if not items:
         raise InputError(f"{label}: no data to train on")
+    objective = Objective(model, loss_fn, weigh, schedule)
     optimizer = make_optimizer(model, schedule)
+    of = snapshot and str(zlib.crc32(repr((schedule, items, held_out, rng.getstate())).encode()))
+    state = restore(snapshot, of, model, optimizer) or {
+        "history": [], "best": math.inf, "best_model": None, "epoch": rng.getstate(), "left": None}
+    rng.setstate(state["epoch"])        # from before this epoch's batches were drawn
+    queue = length_batches(items, schedule.batch_size, rng)[:state["left"]]
+    history, saved, first = state["history"], time.monotonic(), rank_and_count()[0] == 0
     steps = max(1, math.ceil(schedule.epochs * len(items) / schedule.batch_size))
     looks = {math.ceil(steps * (i + 1) / schedule.evaluations) - 1
              for i in range(schedule.evaluations)}
-    history, best, best_model, queue = [], math.inf, None, []
-    of = snapshot and f"{zlib.crc32(repr((schedule, items, held_out, rng.getstate())).encode())}"
-    found, saved = snapshot and kept(snapshot, of, device_of(model)), time.monotonic()
-    if found:
-        model.load_state_dict(found["model"])
-        optimizer.load_state_dict(found["optimizer"])
-        history, best, best_model, epoch = (found[name] for name in ("history", "best",
-                                                                     "best_model", "epoch"))
-        rng.setstate(epoch)
-        queue = length_batches(items, schedule.batch_size, rng)[:found["left"]]
-    bar = tqdm(range(len(history), steps), label, steps, initial=len(history), unit="step",
-               disable=None, leave=False)
-    for step in bar:
+    for step in tqdm(range(len(history), steps), label, steps, initial=len(history), unit="step",
+                     disable=None if first else True, leave=False):
         if not queue:
-            epoch, queue = rng.getstate(), length_batches(items, schedule.batch_size, rng)
-        loss = loss_fn(model, queue.pop())
+            state["epoch"] = rng.getstate()
+            queue = length_batches(items, schedule.batch_size, rng)
+        loss = objective.accumulate(queue.pop())
         take_step(model, optimizer, loss, schedule, step, steps, label)
-        history.append({"step": step, "loss": loss.item()})
+        history.append({"step": step, "loss": loss})
         if held_out and step in looks:
-            history[-1]["held_out"] = now = mean_loss(model, held_out, loss_fn, schedule.batch_size)
-            if now < best:
-                best, best_model = now, copy.deepcopy(model.state_dict())
-            bar.set_postfix(held_out=f"{now:.3f}")
-        if snapshot and time.monotonic() - saved > SNAPSHOT_SECONDS:
-            keep(snapshot, {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                            "history": history, "best": best, "best_model": best_model,
-                            "epoch": epoch, "left": len(queue)}, of)
+            history[-1]["held_out"] = now = objective.mean(held_out, schedule.batch_size)
+            if now < state["best"]:
+                state.update(best=now, best_model=copy.deepcopy(model.state_dict()))
+        if snapshot and first and time.monotonic() - saved > SNAPSHOT_SECONDS:
+            keep(snapshot, {**state, "left": len(queue), "model": model.state_dict(),
+                            "optimizer": optimizer.state_dict()}, of)
             saved = time.monotonic()
-    if best_model is not None:
-        model.load_state_dict(best_model)
+    if state["best_model"] is not None:
+        model.load_state_dict(state["best_model"])
     return history
+
+
+def restore(snapshot, of, model, optimizer):
+    """The state that fit() kept, model and optimizer set to it; None if there is none."""
+    state = snapshot and kept(snapshot, of, device_of(model))
+    if state:
+        model.load_state_dict(state.pop("model"))
+        optimizer.load_state_dict(state.pop("optimizer"))
+    return state
 
 
 def make_optimizer(model, schedule):
@@ -132,26 +143,17 @@ def make_optimizer(model, schedule):
 
 
 def take_step(model, optimizer, loss, schedule, step, steps, label):
-    """Step number `step` of `steps` down the loss, at the schedule's rate, the gradient clipped.
-    Raises InputError if the loss is not finite.
+    """Step number `step` of `steps` down the gradient, clipped, at the schedule's rate.
+    Raises InputError if the loss or the gradient is not finite.
     """
-    if not math.isfinite(loss.item()):
-        raise InputError(f"{label}: the loss is {loss.item()} at step {step}; a lower learning "
-                         "rate may help")
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), schedule.clip)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), schedule.clip).item()
+    if not math.isfinite(loss) or not math.isfinite(norm):
+        raise InputError(f"{label}: the loss is {loss}, its gradient's norm {norm}, at step {step};"
+                         " a lower learning rate may help")
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(schedule, step, steps)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-
-
-@torch.inference_mode()
-def mean_loss(model, items, loss_fn, batch_size):
-    """loss_fn over all items, each batch counting by its number of items."""
-    items = sorted(items, key=item_length)
-    chunks = [items[i:i + batch_size] for i in range(0, len(items), batch_size)]
-    return sum(loss_fn(model, chunk).item() * len(chunk) for chunk in chunks) / len(items)
 
 
 # ---- the stages ---------------------------------------------------------------------------------
@@ -170,6 +172,13 @@ def nll_loss(model, items):
     batch = collate([pair for (pair,) in items], device_of(model))
     writable = batch.response_mask() & model.suppress.isfinite()[batch.tokens]
     return -logp_token(model, batch)[writable].mean()
+
+
+def targets(model, items):
+    """How many tokens nll_loss is a mean over."""
+    never = set(model.config.suppress_tokens)
+    return sum(token not in never for ((prompt, response),) in items
+               for token in response[not prompt:])      # a first token of all has no state
 
 
 def discriminator_step(model, items):
@@ -208,7 +217,7 @@ def fine_tune(policy, learn, held_out, schedule, rng, label="sft", snapshot=None
     """(policy, history): a copy of policy of least nll_loss on pairs (prompt ids, response ids)."""
     policy = copy.deepcopy(policy)
     learn, held_out = ([(pair,) for pair in pairs] for pairs in (learn, held_out))
-    return policy, fit(policy, learn, nll_loss, schedule, rng, label, held_out, snapshot)
+    return policy, fit(policy, learn, nll_loss, schedule, rng, label, held_out, snapshot, targets)
 
 
 def train_reward(policy, items, held_out, loss_fn, schedule, rng, head="sum", label="reward",
@@ -249,7 +258,8 @@ def optimise_policy(sft, reward, draw, steps, schedule, beta, k, ppo_clip=0.0, d
             old = logp.detach() if old is None else old
             loss = policy_gradient_loss(logp, old, reference, rewards, batch.response_mask(), beta,
                                         k, ppo_clip)
-            take_step(policy, optimizer, loss, schedule, step, steps, label)
+            loss.backward()
+            take_step(policy, optimizer, loss.item(), schedule, step, steps, label)
         history.append({"step": step, "proxy": rewards.sum(1).mean().item(),
                         "kl_from_sft": (old - reference).sum(1).mean().item(),
                         "entropy": -old.sum(1).mean().item(),
@@ -273,63 +283,34 @@ def fit_pairs(reference, items, beta, schedule, rng, label="pairs", snapshot=Non
     return policy, fit(policy, learn, loss_fn, schedule, rng, label, held_out, snapshot)
 
 
-def choose_device(name):
-    """torch.device of a --device flag; "auto" takes CUDA, then MPS, then the CPU."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
-                 "cpu": True}
-    if name == "auto":
-        return torch.device(next(kind for kind, there in available.items() if there))
-    if not available.get(name.split(":")[0], False):
-        raise InputError(f"no device {name!r} here; available: "
-                         + ", ".join(kind for kind, there in available.items() if there))
-    try:
-        return torch.zeros(1, device=name).device
-    except RuntimeError as error:
-        raise InputError(f"no device {name!r} here") from error
-
-
-def side_by_side(function, jobs, device):
-    """[function(job) for job in jobs]; on a CPU as many at a time as there are cores, each on one:
-    a step of a small model is too short to share out.
-    """
-    cores = torch.get_num_threads()
-    if device.type != "cpu" or cores == 1:
-        return [function(job) for job in jobs]
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(cores) as pool:
-            return list(pool.map(function, jobs))
-    finally:
-        torch.set_num_threads(cores)
-
-
 # ---- stage by stage, from the command line ------------------------------------------------------
 
 STAGES = {"pretrain": ["corpus"], "sft": ["demos", "init"],       # and what each has to be given
-          "reward": ["positives", "negatives", "init"]}
+          "sample": ["prompts", "init"], "reward": ["positives", "negatives", "init"]}
 
 
 @dataclass
-class Settings:
+class Settings(Schedule):
     """Train one stage: files in, a checkpoint folder out.
 
     python train.py pretrain --corpus TEXT --out pi_0
     python train.py sft --demos DEMOS.jsonl --init pi_0 --out pi_sft
+    python train.py sample --prompts PROMPTS.txt --init pi_sft --out SFT.jsonl
     python train.py reward --positives SFT.jsonl --negatives INIT.jsonl --init pi_0 --out reward
+    torchrun --nproc_per_node=2 train.py sft ...        the same on two GPUs
     """
     corpus: str = setting(None, "pretrain: plain text, or JSON lines with 'text'")
     demos: str = setting(None, "sft: JSON lines with prompt and response, or chosen and rejected")
     positives: str = setting(None, "reward: examples with label 1, as for --demos")
     negatives: str = setting(None, "reward: examples with label 0, as for --demos")
-    init: str = setting(None, "sft, reward: the checkpoint folder to start from")
-    out: str = setting(None, "the checkpoint folder to write")
-    overwrite: bool = setting(False, "replace the checkpoint that --out holds")
+    prompts: str = setting(None, "sample: prompts, one a line or JSON lines")
+    per_prompt: int = setting(1, "sample: responses to each prompt")
+    init: str = setting(None, "sft, sample, reward: the checkpoint folder to start from")
+    out: str = setting(None, "the checkpoint folder to write; sample: the file")
+    overwrite: bool = setting(False, "replace what --out holds")
     resume: bool = setting(False, "go on where the same command was stopped")
     seed: int = setting(0, "random seed")
     device: str = setting("auto", "auto, cpu, cuda or mps")
-    lr: float = setting(1e-3, "peak learning rate")
-    epochs: float = setting(1.0, "passes over the data")
-    batch_size: int = setting(16, "items per step")
     head: str = setting("sum", "reward: the reward head", choices=list(HEADS))
     max_response: int = setting(64, "sft, reward: longest response in tokens; longer ones are cut")
     n_positions: int = setting(256, "pretrain: longest sequence in tokens")
@@ -362,7 +343,8 @@ def check_model(n_embd, n_head, vocab_size):
 
 def check(stage, s):
     """Refuse settings that the stage cannot run with. Raises InputError."""
-    for name in ("lr", "epochs", "batch_size", "max_response", "n_positions", "n_layer"):
+    for name in ("lr", "epochs", "batch_size", "max_response", "n_positions", "n_layer",
+                 "per_prompt", "clip", "evaluations"):
         if not (getattr(s, name) > 0 and math.isfinite(getattr(s, name))):
             raise InputError(f"--{name.replace('_', '-')} must be positive")
     check_model(s.n_embd, s.n_head, s.vocab_size)
@@ -371,10 +353,42 @@ def check(stage, s):
             raise InputError(f"{stage} needs --{name}")
 
 
-def run_stage(stage, s):
+def sample(s, device):
+    """Write n responses to each prompt as JSON lines, which the other stages read as examples.
+
+    Prompts go in chunks, each with randomness of its own: the result is the same whoever draws it.
+    """
+    out, (rank, count) = Path(s.out), rank_and_count()
+    if out.exists() and not s.overwrite:
+        raise InputError(f"{out} is there already: choose another --out, or --overwrite it")
+    model, tokenizer, _ = load_pretrained(s.init)
+    model, room = model.to(device), model.config.n_positions - s.max_response
+    texts = [(x, tokenizer.encode(x)) for x in read_prompts(s.prompts)]
+    kept = [(x, ids) for x, ids in texts if 0 < len(ids) <= room]
+    if not kept:
+        raise InputError(f"{s.prompts}: no prompt fits {room} tokens")
+    chunks = [kept[i:i + 32] for i in range(0, len(kept), 32)]
+
+    def draw(number):
+        seed = random.Random(f"{s.seed} {number}").getrandbits(62)
+        return sample_responses(model, [ids for _, ids in chunks[number]], s.per_prompt,
+                                s.max_response, tokenizer.eos,
+                                torch.Generator(device).manual_seed(seed))
+    parts = from_all([draw(number) for number in range(rank, len(chunks), count)])
+    drawn = [row for number in range(len(chunks)) for row in parts[number % count][number // count]]
+    rows = [{"prompt": x, "response": tokenizer.decode(y)} for (x, _), ys in zip(kept, drawn)
+            for y in ys]
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows if row["response"].strip()]
+    if rank == 0:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_aside(out, lambda part: part.write_text("".join(lines), encoding="utf-8"))
+    print(f"sample: {len(lines)} responses; left out: {len(rows) - len(lines)} empty ones, "
+          f"{len(texts) - len(kept)} prompts of more than {room} tokens; {out}")
+
+
+def run_stage(stage, s, device):
     """Train one stage as the settings say and write its checkpoint."""
-    check(stage, s)
-    device, rng = choose_device(s.device), random.Random(s.seed)
+    rng = random.Random(s.seed)
     torch.manual_seed(s.seed)
     if stage == "pretrain":
         texts = read_texts(s.corpus)
@@ -390,17 +404,17 @@ def run_stage(stage, s):
     out, head = Path(s.out), provenance(f"python train.py {stage}", s, device)
     with claimed(out, "train.json", head, s.overwrite, s.resume) as head:
         history, model = head.get("history"), model.to(device)
-        if history is None:
-            plan = Schedule(s.lr, s.epochs, s.batch_size), rng
+        if history is None:     # else it was finished before
+            plan = Schedule(*(getattr(s, field.name) for field in fields(Schedule))), rng
             if stage == "reward":
                 model, history = train_reward(model, *data, discriminator_step, *plan, s.head,
                                               stage, out / "stages" / "fit")
-                save_reward(out, model, tokenizer)
             else:
                 model, history = fine_tune(model, *data, *plan, stage, out / "stages" / "fit")
-                save_pretrained(out, model, tokenizer)
-            write_json(out / "train.json", {**head, "history": history})
-            shutil.rmtree(out / "stages", ignore_errors=True)
+            if rank_and_count()[0] == 0:
+                (save_reward if stage == "reward" else save_pretrained)(out, model, tokenizer)
+                write_json(out / "train.json", {**head, "history": history})
+                shutil.rmtree(out / "stages", ignore_errors=True)
     print(f"{stage}: loss {history[0]['loss']:.3f} -> {history[-1]['loss']:.3f} in {len(history)} "
           f"steps; {out}")
 
@@ -415,7 +429,11 @@ def save_reward(folder, reward, tokenizer):
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] in STAGES:
-        return run_stage(argv[0], parse_settings(Settings, argv[1:]))
+        s = parse_settings(Settings, argv[1:])
+        check(argv[0], s)
+        device = choose_device(s.device, s.bf16, s.compile)
+        with processes(device):
+            return sample(s, device) if argv[0] == "sample" else run_stage(argv[0], s, device)
     if {"-h", "--help"} & set(argv):
         return parse_settings(Settings, ["--help"])
     raise InputError(f"name a stage first: {', '.join(STAGES)} (--help lists the flags)")

@@ -72,7 +72,8 @@ def test_keeps_the_weights_that_were_best_on_held_out_data():
     history = fit(model, learn, nll_loss, Schedule(lr=3e-3, epochs=4, batch_size=8), rng, "t", held)
     looks = [record["held_out"] for record in history if "held_out" in record]
     assert looks[0] < looks[-1]
-    assert train.mean_loss(model, held, nll_loss, 8) == pytest.approx(min(looks), abs=1e-5)
+    objective = train.Objective(model, nll_loss, train.targets, Schedule())
+    assert objective.mean(held, 8) == pytest.approx(min(looks), abs=1e-5)
 
 
 def test_a_loss_that_is_not_finite_stops_and_names_the_step():

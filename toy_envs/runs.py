@@ -8,12 +8,14 @@ import argparse
 import copy
 import dataclasses
 import json
+import os
 import platform
 import random
 import shutil
 import sys
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,6 +24,7 @@ import tokenizers
 import torch
 
 from model import InputError, write_aside, write_json
+from toy_envs.parallel import from_first, rank_and_count
 
 try:
     import fcntl
@@ -83,6 +86,49 @@ def run_script(main):
         sys.exit(130)
 
 
+# ---- the machine --------------------------------------------------------------------------------
+
+def choose_device(name, bf16=False, compile=False):
+    """torch.device of a --device flag; "auto" takes CUDA, then MPS, then the CPU.
+
+    Raises InputError for what is not there, and for flags that need CUDA elsewhere.
+    """
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+                 "cpu": True}
+    if name == "auto":
+        name = next(kind for kind, there in available.items() if there)
+    if not available.get(name.split(":")[0], False):
+        raise InputError(f"no device {name!r} here; available: "
+                         + ", ".join(kind for kind, there in available.items() if there))
+    for flag, wanted in (("bf16", bf16), ("compile", compile)):
+        if wanted and not name.startswith("cuda"):
+            raise InputError(f"--{flag} needs CUDA; the device is {name}")
+    if name == "cuda" and "LOCAL_RANK" in os.environ:       # torchrun: one GPU each
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        device = torch.zeros(1, device=name).device
+    except RuntimeError as error:
+        raise InputError(f"no device {name!r} here") from error
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+def side_by_side(function, jobs, device):
+    """[function(job) for job in jobs]; on a CPU as many at a time as there are cores, each on one:
+    a step of a small model is too short to share out.
+    """
+    cores = torch.get_num_threads()
+    if device.type != "cpu" or cores == 1:
+        return [function(job) for job in jobs]
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(cores) as pool:
+            return list(pool.map(function, jobs))
+    finally:
+        torch.set_num_threads(cores)
+
+
 # ---- the folder ---------------------------------------------------------------------------------
 
 def provenance(command, s, device):
@@ -90,7 +136,7 @@ def provenance(command, s, device):
     return {"command": command, "config": dataclasses.asdict(s),
             "versions": {"python": platform.python_version(), "torch": torch.__version__,
                          "numpy": np.__version__, "tokenizers": tokenizers.__version__},
-            "device": str(device)}
+            "device": str(device), "processes": rank_and_count()[1]}
 
 
 @contextmanager
@@ -102,6 +148,9 @@ def claimed(out, name, head, overwrite=False, resume=False):
     Raises InputError where the folder cannot be written, is in use, or holds another run.
     """
     out, file = Path(out), Path(out) / name
+    if rank_and_count()[0]:     # of several processes the first one sees to it
+        yield from_first(None)
+        return
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock = open(out / ".lock", "a")
@@ -122,19 +171,18 @@ def claimed(out, name, head, overwrite=False, resume=False):
             for stale in (*out.glob("stages"), *out.glob("seed*/stages")):
                 shutil.rmtree(stale)
             write_json(file, head)
-        yield head
+        yield from_first(head)
 
 
 def same_run(file, head):
     """The head that `file` holds. Raises InputError naming the first setting that differs."""
+    head = json.loads(json.dumps(head))
     try:
         before = json.loads(file.read_text(encoding="utf-8"))
-        parts = {part: dict(before[part]) for part in ("config", "versions")}
+        now, then = ({**h["versions"], **h["config"], "device": h["device"],
+                      "processes": h["processes"]} for h in (head, before))
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{file}: not a run's settings, cannot be resumed") from error
-    head = json.loads(json.dumps(head))
-    now = {**head["versions"], **head["config"], "device": head["device"]}
-    then = {**parts["versions"], **parts["config"], "device": before.get("device")}
     for name, value in now.items():
         if name not in ("out", "overwrite", "resume") and then.get(name) != value:
             raise InputError(f"{file.parent}: cannot be resumed with another {name}: it was "
