@@ -29,27 +29,13 @@ from model import (GPT, GPTConfig, InputError, bpe_tokenizer, collate, encode_do
                    encode_pair, load_pretrained, logp_token, sample_responses, save_pretrained,
                    write_aside, write_json)
 from reward import HEADS, RewardModel, at_the_end, bradley_terry_loss, implicit_reward
-from toy_envs.parallel import Objective, from_all, item_length, processes, rank_and_count
+from toy_envs.batches import (Objective, from_all, length_batches, micro_batches, processes,
+                              rank_and_count)
 from toy_envs.runs import (choose_device, claimed, keep, kept, parse_settings, provenance,
                            run_script, setting, side_by_side)
 from toy_envs.worlds import read_examples, read_prompts, read_texts
 
 SNAPSHOT_SECONDS = 20.0     # how much of a training loop's work a kill may cost
-
-# ---- batches ------------------------------------------------------------------------------------
-
-def length_batches(items, batch_size, rng):
-    """Shuffled batches whose items, tuples of pairs, are of similar length: little padding.
-
-    Items are sorted within stretches of 16 batches, so that batches differ from epoch to epoch.
-    """
-    order, batches = rng.sample(range(len(items)), len(items)), []
-    for start in range(0, len(order), 16 * batch_size):
-        stretch = sorted(order[start:start + 16 * batch_size], key=lambda i: item_length(items[i]))
-        batches += [[items[i] for i in stretch[j:j + batch_size]]
-                    for j in range(0, len(stretch), batch_size)]
-    rng.shuffle(batches)
-    return batches
 
 
 # ---- the loop -----------------------------------------------------------------------------------
@@ -240,6 +226,8 @@ def optimise_policy(sft, reward, draw, steps, schedule, beta, k, ppo_clip=0.0, d
     draw(policy) gives pairs, the k samples of a prompt together; a reward that learns along has
     learn(pairs, policy). dense: a reward that is a sum over tokens is given where it is earned.
     """
+    def mean(parts):
+        return torch.cat([part.sum(1) for part in parts]).mean().item()
     policy, history = copy.deepcopy(sft), []
     optimizer = torch.optim.AdamW(policy.parameters(), lr=schedule.lr, betas=(0.9, 0.95),
                                   weight_decay=schedule.weight_decay)
@@ -247,24 +235,33 @@ def optimise_policy(sft, reward, draw, steps, schedule, beta, k, ppo_clip=0.0, d
         pairs = draw(policy)
         if hasattr(reward, "learn"):
             reward.learn(pairs, policy)
-        batch = collate(pairs, device_of(policy))
-        with torch.no_grad():
-            rewards, reference = reward.token_rewards(batch), logp_token(sft, batch)
-            if not dense:
-                rewards = at_the_end(rewards.sum(1), batch)
-        old = None
+        groups = [pairs[i:i + k] for i in range(0, len(pairs), k)]
+        parts = [rewarded(sft, reward, [pair for group in part for pair in group], dense)
+                 for part in micro_batches(groups, schedule.micro_tokens)]
+        old = [None] * len(parts)
         for _ in range(4 if ppo_clip else 1):
-            logp = logp_token(policy, batch)
-            old = logp.detach() if old is None else old
-            loss = policy_gradient_loss(logp, old, reference, rewards, batch.response_mask(), beta,
-                                        k, ppo_clip)
-            loss.backward()
-            take_step(policy, optimizer, loss.item(), schedule, step, steps, label)
-        history.append({"step": step, "proxy": rewards.sum(1).mean().item(),
-                        "kl_from_sft": (old - reference).sum(1).mean().item(),
-                        "entropy": -old.sum(1).mean().item(),
+            total = 0.0
+            for i, (batch, rewards, reference) in enumerate(parts):
+                logp = logp_token(policy, batch)
+                old[i] = logp.detach() if old[i] is None else old[i]
+                loss = policy_gradient_loss(logp, old[i], reference, rewards, batch.response_mask(),
+                                            beta, k, ppo_clip) * (len(logp) / len(pairs))
+                loss.backward()
+                total += loss.item()
+            take_step(policy, optimizer, total, schedule, step, steps, label)
+        history.append({"step": step, "proxy": mean(rewards for _, rewards, _ in parts),
+                        "kl_from_sft": mean(a - b for a, (_, _, b) in zip(old, parts)),
+                        "entropy": -mean(old),
                         **(watch(policy, pairs) if watch else {})})
     return policy, history
+
+
+@torch.no_grad()
+def rewarded(sft, reward, pairs, dense):
+    """(batch, its rewards (B, T), log pi_SFT (B, T)) of samples."""
+    batch = collate(pairs, device_of(sft))
+    rewards = reward.token_rewards(batch)
+    return batch, rewards if dense else at_the_end(rewards.sum(1), batch), logp_token(sft, batch)
 
 
 def fit_pairs(reference, items, beta, schedule, rng, label="pairs", snapshot=None):

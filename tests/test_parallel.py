@@ -15,8 +15,8 @@ import torch
 import afd
 import train
 from model import GPT, GPTConfig, InputError, collate
-from reward import RewardModel
-from toy_envs.parallel import Forward, Objective, item_length, micro_batches
+from reward import LogRatio, RewardModel
+from toy_envs.batches import Forward, Objective, item_length, micro_batches
 from train import Schedule, discriminator_step, fit, nll_loss, preference_step, targets
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -119,6 +119,28 @@ def test_fit_by_micro_batches_is_fit():
         torch.testing.assert_close(again[1], weights, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("ppo_clip", [0.0, 0.2])
+def test_policy_optimisation_by_micro_batches(ppo_clip):
+    """A prompt's samples stay together, as its baseline needs them: the policy and what is said of
+    it are those of the whole batch."""
+    sft, rng = tiny(), random.Random(0)
+    reward = LogRatio(tiny(1), sft)
+    written = [(x, [rng.randint(2, 8) for _ in range(rng.randint(1, 9))])
+               for x in ([3], [2, 4, 5], [6]) for _ in range(4)]
+
+    def run(tokens):
+        plan = Schedule(lr=1e-2, micro_tokens=tokens)
+        policy, history = train.optimise_policy(sft, reward, lambda policy: written, 3, plan, 0.5,
+                                                4, ppo_clip)
+        return policy.wte.weight.detach(), [r[k] for r in history for k in r]
+    weights, said = run(0)
+    for tokens in (1, 80):
+        again = run(tokens)
+        assert again[1] == pytest.approx(said, rel=1e-6, abs=1e-9)
+        torch.testing.assert_close(again[0], weights, rtol=1e-5, atol=1e-6)
+    assert (weights - sft.wte.weight).abs().max() > 0.01
+
+
 def test_items_without_a_target_are_left_out():
     """A batch of nothing but such items would have no loss: nan."""
     nothing = make_items(0, 1)
@@ -181,7 +203,7 @@ def test_compiling_is_for_training_alone(monkeypatch):
 
 STAGES = """
 import json, sys, torch, train
-from toy_envs.parallel import from_first, processes
+from toy_envs.batches import from_first, processes
 with processes(torch.device("cpu")):
     for argv in json.loads(sys.argv[1]):
         train.main(argv)

@@ -5,6 +5,7 @@ import json
 import math
 import random
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -24,8 +25,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:Mean of empty slice")
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--n-corpus", "120", "--n-demos", "30", "--n-samples", "24", "--n-prompts", "3",
         "--n-candidates", "2", "--n-embd", "16", "--n-layer", "1", "--n-head", "2", "--device",
-        "cpu", "--methods", "po,adversarial,irft,dpo", "--policy-steps", "2", "--divergences",
-        "reverse_kl", "--rounds", "2", "--n-preferences", "10", "--seeds", "2"]
+        "cpu", "--methods", "po,adversarial,adversarial-exact,irft,dpo", "--policy-steps", "2",
+        "--divergences", "reverse_kl", "--rounds", "2", "--n-preferences", "10", "--seeds", "2"]
 # a snapshot after every step, so that what is stopped is stopped within a training loop too
 EVERY_STEP = ("import sys, afd, train; train.SNAPSHOT_SECONDS = -1; "
               "train.run_script(lambda: afd.main(sys.argv[1:]))")
@@ -122,6 +123,49 @@ def test_stopped_at_any_write_a_run_resumes_to_the_same_results(whole, tmp_path,
     assert_same_run(whole[0], out)
 
 
+def test_a_stage_of_train_resumes(tmp_path, monkeypatch):
+    """train.py on its own: stopped in the loop and before its checkpoint is written, --resume ends
+    with the weights of an uninterrupted run, and once finished it does nothing."""
+    class Stop(BaseException):
+        pass
+
+    (tmp_path / "c.txt").write_text("\n\n".join(f"the cat number {i} sat" for i in range(40)))
+    argv = ["pretrain", "--corpus", str(tmp_path / "c.txt"), "--n-embd", "16", "--n-layer", "1",
+            "--vocab-size", "300", "--device", "cpu", "--batch-size", "4", "--out"]
+    train.main([*argv, str(tmp_path / "a")])
+    monkeypatch.setattr(train, "SNAPSHOT_SECONDS", -1)
+    kept_before = []
+
+    def stopping(path, value, of):
+        keep(path, value, of)
+        kept_before.append(path)
+        if len(kept_before) in (2, 5):
+            raise Stop
+
+    def full(*_):
+        raise InputError("the disk is full")
+    monkeypatch.setattr(train, "keep", stopping)
+    for _ in range(2):
+        with pytest.raises(Stop):
+            train.main([*argv, str(tmp_path / "b"), "--resume"])
+    save = train.save_pretrained
+    monkeypatch.setattr(train, "save_pretrained", full)
+    with pytest.raises(InputError, match="full"):
+        train.main([*argv, str(tmp_path / "b"), "--resume"])
+    monkeypatch.setattr(train, "save_pretrained", save)
+    steps = len(kept_before)
+    train.main([*argv, str(tmp_path / "b"), "--resume"])
+    assert steps == 10 == len(kept_before)      # ten steps in all, none of them done twice
+    a, b = (torch.load(tmp_path / name / "pytorch_model.bin") for name in "ab")
+    assert_same_state(a, b)
+    histories = [json.loads((tmp_path / k / "train.json").read_text())["history"] for k in "ab"]
+    assert histories[0] == histories[1] and not (tmp_path / "b" / "stages").exists()
+    monkeypatch.setattr(train, "fine_tune", None)
+    train.main([*argv, str(tmp_path / "b"), "--resume"])
+    with pytest.raises(InputError, match="another lr"):
+        train.main([*argv, str(tmp_path / "b"), "--resume", "--lr", "1"])
+
+
 def test_a_finished_run_is_not_done_again(whole, monkeypatch):
     before = (whole[0] / "results.json").read_text()
     monkeypatch.setattr(afd, "run_seed", None)
@@ -192,6 +236,54 @@ def test_other_data_or_another_plan_do_not_go_on_with_a_snapshot(tmp_path, monke
         fit(expected, items, nll_loss, plan, random.Random(seed))
         fit(model, items, nll_loss, plan, random.Random(seed), snapshot=path)
         assert_same_state(model.state_dict(), expected.state_dict())
+
+
+# ---- the smallest runs, and the worst -----------------------------------------------------------
+
+@pytest.mark.parametrize("flags", ["--n-candidates 1", "--n-prompts 1", "--n-demos 1",
+                                   "--n-candidates 1 --n-prompts 1 --n-demos 1 --n-samples 1 "
+                                   "--n-corpus 1"])
+def test_one_of_a_kind(flags, tmp_path):
+    """One candidate, one prompt, one demonstration, one of everything: a run has all its rows, each
+    number finite or, where it does not exist, empty; with one candidate no selector selects."""
+    results = afd.main([*TINY, "--seeds", "1", *flags.split(), "--out", str(tmp_path / "a")])
+    json.loads((tmp_path / "a" / "results.json").read_text(), parse_constant=pytest.fail)
+    rows = {(r["method"], r["reward_model"], r["n"]): r for r in results["rows"]}
+    assert {"init", "sft", "demo", "bon", "po", "adversarial", "irft"} <= {m for m, *_ in rows}
+    for row in rows.values():
+        assert all(math.isfinite(row[k]) for k in ("gold_mean", "win_vs_sft", "length_mean"))
+    if "candidates" in flags:
+        picked = {(r["gold_mean"], r["kl_from_sft"]) for r in rows.values() if r["method"] == "bon"}
+        assert picked == {(rows["sft", None, 1]["gold_mean"], 0.0)}
+
+
+@pytest.mark.parametrize("worth", [math.nan, math.inf, 1e300])
+def test_a_loss_that_explodes_names_the_stage_and_the_step(worth, capsys):
+    """Not finite itself, or finite with a gradient that is not: one line, before the weights take
+    any harm."""
+    model = tiny().double()
+    before = {name: p.clone() for name, p in model.state_dict().items()}
+
+    def loss_fn(model, items):
+        return (nll_loss(model, items) * worth) ** (2 if worth < math.inf else 1)
+    code, error = said(lambda: fit(model, ITEMS, loss_fn, PLAN, random.Random(0), "sft"), capsys)
+    assert code == 2 and error.count("\n") == 1 and "sft" in error and "at step 0" in error
+    assert_same_state(before, dict(model.state_dict()))
+
+
+def test_a_vocabulary_larger_than_the_model_s_is_refused(whole, tmp_path):
+    """Its ids would read beyond the embedding."""
+    folder = tmp_path / "c"
+    shutil.copytree(whole[0] / "seed0" / "init", folder)
+    config = json.loads((folder / "config.json").read_text())
+    weights = torch.load(folder / "pytorch_model.bin")
+    config["vocab_size"] -= 1
+    weights["wte.weight"] = weights["wte.weight"][:-1].clone()
+    (folder / "config.json").write_text(json.dumps(config))
+    torch.save(weights, folder / "pytorch_model.bin")
+    with pytest.raises(InputError, match="the tokenizer has"):
+        afd.main([*TINY, "--init", str(folder), "--out", str(tmp_path / "o")])
+    assert not (tmp_path / "o").exists()
 
 
 # ---- what cannot be done is one line ------------------------------------------------------------

@@ -10,6 +10,7 @@ import torch
 import train
 from divergences import forward_kl
 from model import (GPT, GPTConfig, InputError, collate, load_pretrained, logp_seq, logp_token)
+from toy_envs.batches import item_length
 from train import Schedule, fit, learning_rate, length_batches, nll_loss, split
 
 
@@ -51,7 +52,7 @@ def test_batches_hold_every_item_once_and_little_padding():
     items = [(([0], [1] * (i % 9 + 1)),) for i in range(101)]
     batches = length_batches(items, 8, random.Random(0))
     assert sorted(map(id, items)) == sorted(id(i) for batch in batches for i in batch)
-    spread = [max(map(train.item_length, b)) - min(map(train.item_length, b)) for b in batches]
+    spread = [max(map(item_length, b)) - min(map(item_length, b)) for b in batches]
     assert sum(spread) / len(spread) <= 2
     assert length_batches(items, 8, random.Random(0)) == batches
     assert length_batches(items, 8, random.Random(1)) != batches

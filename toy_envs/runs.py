@@ -24,7 +24,7 @@ import tokenizers
 import torch
 
 from model import InputError, write_aside, write_json
-from toy_envs.parallel import from_first, rank_and_count
+from toy_envs.batches import from_first, rank_and_count
 
 try:
     import fcntl

@@ -1,4 +1,4 @@
-"""A step's batch, cut up: into micro-batches that fit the memory, and among torchrun's processes.
+"""Items to batches, and a batch cut up: to fit the memory, and among torchrun's processes.
 
     torchrun --nproc_per_node=K train.py ...        K processes on one machine, one GPU each
 
@@ -59,6 +59,20 @@ def from_all(value):
 def item_length(item):
     """Tokens of the longest of an item's pairs (prompt ids, response ids)."""
     return max(len(prompt) + len(response) for prompt, response in item)
+
+
+def length_batches(items, batch_size, rng):
+    """Shuffled batches whose items, tuples of pairs, are of similar length: little padding.
+
+    Items are sorted within stretches of 16 batches, so that batches differ from epoch to epoch.
+    """
+    order, batches = rng.sample(range(len(items)), len(items)), []
+    for start in range(0, len(order), 16 * batch_size):
+        stretch = sorted(order[start:start + 16 * batch_size], key=lambda i: item_length(items[i]))
+        batches += [[items[i] for i in stretch[j:j + batch_size]]
+                    for j in range(0, len(stretch), batch_size)]
+    rng.shuffle(batches)
+    return batches
 
 
 def micro_batches(batch, tokens):
