@@ -257,7 +257,7 @@ def test_one_of_a_kind(flags, tmp_path):
         assert picked == {(rows["sft", None, 1]["gold_mean"], 0.0)}
 
 
-@pytest.mark.parametrize("worth", [math.nan, math.inf, 1e300])
+@pytest.mark.parametrize("worth", [math.nan, math.inf, 1e200])
 def test_a_loss_that_explodes_names_the_stage_and_the_step(worth, capsys):
     """Not finite itself, or finite with a gradient that is not: one line, before the weights take
     any harm."""
@@ -265,7 +265,7 @@ def test_a_loss_that_explodes_names_the_stage_and_the_step(worth, capsys):
     before = {name: p.clone() for name, p in model.state_dict().items()}
 
     def loss_fn(model, items):
-        return (nll_loss(model, items) * worth) ** (2 if worth < math.inf else 1)
+        return nll_loss(model, items) * worth       # 1e200: the gradient's norm overflows
     code, error = said(lambda: fit(model, ITEMS, loss_fn, PLAN, random.Random(0), "sft"), capsys)
     assert code == 2 and error.count("\n") == 1 and "sft" in error and "at step 0" in error
     assert_same_state(before, dict(model.state_dict()))
