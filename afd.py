@@ -424,8 +424,9 @@ def main(argv=None):
     if s.init:
         load_init(s.init, world)
     command = " ".join(["python afd.py", *(sys.argv[1:] if argv is None else argv)])
-    with claimed(out, "config.json", provenance(command, s, device), s.overwrite,
-                 s.resume) as head:
+    head = provenance(command, s, device, (world.corpus, world.demos, world.train_prompts,
+                                           world.test_prompts, world.test_demos))
+    with claimed(out, "config.json", head, s.overwrite, s.resume) as head:
         if not any(out.glob("seed*/stages")):       # nothing to go on with
             for stale in ("results.json", "metrics.jsonl", "best_of_n.png", "reward_models.png"):
                 (out / stale).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Text in, checkpoints out: reading data, batches, the training loops; usable stage by stage.
+"""Text in, checkpoints out: the training loops and their losses; usable stage by stage.
 
     python train.py pretrain --corpus FILE --out DIR                    pi_0
     python train.py sft      --demos FILE --init DIR --out DIR          pi_SFT
@@ -398,7 +398,7 @@ def run_stage(stage, s, device):
         pairs = [read_pairs(getattr(s, name), tokenizer, model.config.n_positions, s.max_response)
                  for name in STAGES[stage] if name != "init"]
         data = pair_up(*pairs, rng) if stage == "reward" else split(*pairs, 0.05, rng)
-    out, head = Path(s.out), provenance(f"python train.py {stage}", s, device)
+    out, head = Path(s.out), provenance(f"python train.py {stage}", s, device, data)
     with claimed(out, "train.json", head, s.overwrite, s.resume) as head:
         history, model = head.get("history"), model.to(device)
         if history is None:     # else it was finished before

@@ -164,6 +164,9 @@ def test_a_stage_of_train_resumes(tmp_path, monkeypatch):
     train.main([*argv, str(tmp_path / "b"), "--resume"])
     with pytest.raises(InputError, match="another lr"):
         train.main([*argv, str(tmp_path / "b"), "--resume", "--lr", "1"])
+    (tmp_path / "c.txt").write_text("another text")
+    with pytest.raises(InputError, match="another data"):
+        train.main([*argv, str(tmp_path / "b"), "--resume"])
 
 
 def test_a_finished_run_is_not_done_again(whole, monkeypatch):
@@ -288,7 +291,7 @@ def test_a_vocabulary_larger_than_the_model_s_is_refused(whole, tmp_path):
 
 # ---- what cannot be done is one line ------------------------------------------------------------
 
-HEAD = provenance("python x.py", afd.Settings(), "cpu")
+HEAD = provenance("python x.py", afd.Settings(), "cpu", ["a text"])
 
 
 def test_a_folder_with_a_run_is_refused_resumed_or_overwritten(tmp_path):
@@ -304,8 +307,9 @@ def test_a_folder_with_a_run_is_refused_resumed_or_overwritten(tmp_path):
     other = {**HEAD, "command": "other", "config": {**HEAD["config"], "n_demos": 7, "out": "x"}}
     with pytest.raises(InputError, match="another n_demos: it was 4000, now 7"):
         claim(other, resume=True)
-    with pytest.raises(InputError, match="another device"):
-        claim({**HEAD, "device": "cuda"}, resume=True)
+    for name, value in (("device", "cuda"), ("data", 5), ("processes", 2)):
+        with pytest.raises(InputError, match=f"another {name}"):
+            claim({**HEAD, name: value}, resume=True)
     assert claim({**HEAD, "command": "other"}, resume=True) == HEAD and stage.exists()
     claim(other, overwrite=True)
     assert not stage.exists()

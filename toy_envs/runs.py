@@ -15,6 +15,7 @@ import shutil
 import sys
 import time
 import zipfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -131,12 +132,14 @@ def side_by_side(function, jobs, device):
 
 # ---- the folder ---------------------------------------------------------------------------------
 
-def provenance(command, s, device):
-    """What defines a run, as its folder records it: settings, versions, device."""
+def provenance(command, s, device, data):
+    """What defines a run, as its folder records it: settings, versions, device, a checksum of data.
+    """
     return {"command": command, "config": dataclasses.asdict(s),
             "versions": {"python": platform.python_version(), "torch": torch.__version__,
                          "numpy": np.__version__, "tokenizers": tokenizers.__version__},
-            "device": str(device), "processes": rank_and_count()[1]}
+            "device": str(device), "processes": rank_and_count()[1],
+            "data": zlib.crc32(repr(data).encode())}
 
 
 @contextmanager
@@ -179,8 +182,8 @@ def same_run(file, head):
     head = json.loads(json.dumps(head))
     try:
         before = json.loads(file.read_text(encoding="utf-8"))
-        now, then = ({**h["versions"], **h["config"], "device": h["device"],
-                      "processes": h["processes"]} for h in (head, before))
+        now, then = ({**h["versions"], **h["config"], **{name: h[name] for name in (
+            "device", "processes", "data")}} for h in (head, before))
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{file}: not a run's settings, cannot be resumed") from error
     for name, value in now.items():
