@@ -361,10 +361,10 @@ def sample(s, device):
     model, tokenizer, _ = load_pretrained(s.init)
     model, room = model.to(device), model.config.n_positions - s.max_response
     texts = [(x, tokenizer.encode(x)) for x in read_prompts(s.prompts)]
-    kept = [(x, ids) for x, ids in texts if 0 < len(ids) <= room]
-    if not kept:
+    fitting = [(x, ids) for x, ids in texts if 0 < len(ids) <= room]
+    if not fitting:
         raise InputError(f"{s.prompts}: no prompt fits {room} tokens")
-    chunks = [kept[i:i + 32] for i in range(0, len(kept), 32)]
+    chunks = [fitting[i:i + 32] for i in range(0, len(fitting), 32)]
 
     def draw(number):
         seed = random.Random(f"{s.seed} {number}").getrandbits(62)
@@ -373,14 +373,14 @@ def sample(s, device):
                                 torch.Generator(device).manual_seed(seed))
     parts = from_all([draw(number) for number in range(rank, len(chunks), count)])
     drawn = [row for number in range(len(chunks)) for row in parts[number % count][number // count]]
-    rows = [{"prompt": x, "response": tokenizer.decode(y)} for (x, _), ys in zip(kept, drawn)
+    rows = [{"prompt": x, "response": tokenizer.decode(y)} for (x, _), ys in zip(fitting, drawn)
             for y in ys]
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows if row["response"].strip()]
     if rank == 0:
         out.parent.mkdir(parents=True, exist_ok=True)
         write_aside(out, lambda part: part.write_text("".join(lines), encoding="utf-8"))
     print(f"sample: {len(lines)} responses; left out: {len(rows) - len(lines)} empty ones, "
-          f"{len(texts) - len(kept)} prompts of more than {room} tokens; {out}")
+          f"{len(texts) - len(fitting)} prompts of more than {room} tokens; {out}")
 
 
 def run_stage(stage, s, device):

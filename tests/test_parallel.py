@@ -218,10 +218,9 @@ def test_two_processes_give_what_one_gives(tmp_path):
     (tmp_path / "c.txt").write_text("\n\n".join(f"cat {i} sat" + " and ran" * (i % 5)
                                                 for i in range(31)))
     rows = [{"prompt": f"cat {i}?", "response": f"it sat {i}" + " and ran" * (i % 5)}
-            for i in range(42)]
-    for name, k in (("d", 22), ("n", 42)):
-        (tmp_path / f"{name}.jsonl").write_text(
-            "".join(json.dumps(row) + "\n" for row in rows[k - 22:k]))
+            for i in range(70)]
+    for name, mine in (("d", rows[:22]), ("n", rows)):      # 70 prompts are three chunks to share
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in mine))
     common = ["--batch-size", "5", "--device", "cpu", "--n-positions", "48", "--n-embd", "16",
               "--n-layer", "1", "--vocab-size", "300", "--max-response", "16"]
     stages = [["pretrain", "--corpus", "c.txt", "--out", "{}/pi0"],

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import random
 import resource
 import shutil
@@ -64,6 +65,15 @@ def assert_same_state(a, b):
         assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Here and in child processes: tiny tensors are slow on several threads of a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """An uninterrupted run, and how long its work took."""
@@ -80,16 +90,17 @@ def test_killed_at_random_moments_a_run_resumes_to_the_same_results(whole, tmp_p
     optimiser's, the order of the data, a random generator's, the weights that were best so far."""
     reference, seconds = whole
     rng, out, kills = random.Random(0), tmp_path / "b", 0
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", EVERY_STEP, *TINY, "--out", str(out), "--resume"]
     for _ in range(3):
-        child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=env)
         child.stdout.readline()             # "seed 0": what is imported and read is not the run
         time.sleep(rng.uniform(0.05, 0.5) * seconds)
         child.kill()
         child.communicate()
         kills += child.returncode == -9
     assert kills >= 2       # else the machine was too fast for this test, which then shows nothing
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
     assert_same_run(reference, out)
     assert {p.name for p in out.rglob("stages/*")} == {"seed.pt"} and not list(out.rglob("*.part"))
