@@ -14,27 +14,23 @@ reward head is summed over tokens (--head last is the common one), policies are 
 reward is known. In code `init` is pi_0, `sft` pi_SFT. Golden in points; proxies and KL in nats.
 """
 
-import copy
-import json
 import math
-import platform
-import random
 import sys
 import time
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
-import tokenizers
 import torch
 
 import train
 from divergences import DIVERGENCES, get_divergence
-from model import (GPT, GPTConfig, InputError, claim_folder, encode_documents, load_init,
-                   save_pretrained, write_json)
+from model import (GPT, GPTConfig, InputError, encode_documents, load_init, save_pretrained,
+                   write_json)
 from reward import (HEADS, REWARD_MODELS, Adversary, ExactAdversary, LogRatio, RewardModel,
                     TokenExtrapolation, score)
 from toy_envs.figures import draw_run, print_reward_models, print_samples, print_table
+from toy_envs.runs import Run, claimed, provenance
 from toy_envs.truth import Truth, inspect_rewards, pick_samples, summarise
 from toy_envs.worlds import file_world, text_world
 from train import Schedule, setting
@@ -69,7 +65,12 @@ class Settings:
                                "adversarial: which divergences to minimise, with commas")
     out: str = setting("out/afd", "folder for config, metrics, results, checkpoints and figures")
     overwrite: bool = setting(False, "replace the run that --out holds")
+    resume: bool = setting(False, "go on with the run that --out holds where it was stopped")
     device: str = setting("auto", "auto, cpu, cuda or mps")
+    micro_tokens: int = setting(0, "tokens that go through the model at a time in training, with "
+                                   "padding; a step's gradients add up to the same (0: all)")
+    bf16: bool = setting(False, "train in bfloat16 autocast; CUDA only")
+    compile: bool = setting(False, "compile the transformer while it is trained; CUDA only")
     init: str = setting(None, "pi_0 from this checkpoint folder, instead of pretraining it")
     demos: str = setting(None, "JSON lines (or .gz) with prompt and response, or chosen and "
                                "rejected dialogues: your own data instead of a built-in task")
@@ -109,51 +110,29 @@ class Settings:
 # Built-in texts are drawn anew as often as wanted; a file of demonstrations is small and its texts
 # are long. Each pair: the value for a built-in task, the value with --demos.
 DEFAULTS = {"n_samples": (9000, 1000), "n_candidates": (64, 16), "pretrain_epochs": (1.0, 4.0)}
-# Lists with commas and what may stand in them; counts that must be positive.
+# Lists with commas and what may stand in them; the range of each number.
 LISTS = {"rewards": REWARD_MODELS, "methods": METHODS, "optimise": None,    # any of the rewards
          "divergences": tuple(DIVERGENCES)}
-COUNTS = ("seeds", "n_demos", "n_corpus", "n_samples", "n_prompts", "n_preferences", "n_layer",
-          "max_prompt", "max_response", "policy_steps", "rounds")
+RANGES = {"heterogeneity label_noise": (0, 1), "ppo_clip": (0, 0.9), "label_smoothing": (0, 0.4),
+          "pretrain_epochs sft_epochs reward_epochs reward_clip pair_beta": (1e-9, 1e9),
+          "seeds n_demos n_corpus n_samples n_prompts n_preferences n_candidates n_layer "
+          "max_prompt max_response policy_steps rounds": (1, math.inf), "group": (2, math.inf),
+          "micro_tokens": (0, math.inf)}
 FLOOR = 0.1     # alpha of the floored log-ratio: the usual share of the plausibility constraint
 
 
 def schedules(s):
     """How each stage is trained, without weight decay; why so is in docs/LOG.md."""
-    return {"pretrain": Schedule(1.2e-2, s.pretrain_epochs, batch_size=24, warmup=0.05),
-            "sft": Schedule(1e-3, s.sft_epochs, evaluations=max(8, math.ceil(s.sft_epochs))),
-            "reward": Schedule(3e-3, s.reward_epochs),
-            "po": Schedule(3e-3), "adversarial": Schedule(3e-4),
-            "adversarial-exact": Schedule(3e-3), "pairs": Schedule(3e-4)}
+    plans = {"pretrain": Schedule(1.2e-2, s.pretrain_epochs, batch_size=24, warmup=0.05),
+             "sft": Schedule(1e-3, s.sft_epochs, evaluations=max(8, math.ceil(s.sft_epochs))),
+             "reward": Schedule(3e-3, s.reward_epochs),
+             "po": Schedule(3e-3), "adversarial": Schedule(3e-4),
+             "adversarial-exact": Schedule(3e-3), "pairs": Schedule(3e-4)}
+    return {name: replace(plan, micro_tokens=s.micro_tokens, bf16=s.bf16, compile=s.compile)
+            for name, plan in plans.items()}
 
 
 # ---- the algorithm ------------------------------------------------------------------------------
-
-class Run:
-    """One seed's bookkeeping: seconds per stage, losses to metrics.jsonl, randomness by stage."""
-
-    def __init__(self, out, seed, device):
-        self.out, self.seed, self.device = out, seed, device
-        self.seconds, self.curves = {}, {}
-
-    @contextmanager
-    def stage(self, name, says):
-        print(f"  {says}", flush=True)
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = round(time.perf_counter() - start, 2)
-
-    def rng(self, stage):
-        """This seed's random.Random of a stage: the same whatever other stages draw."""
-        return random.Random(f"{self.seed} {stage}")
-
-    def generator(self, stage):
-        return torch.Generator(self.device).manual_seed(self.rng(stage).getrandbits(62))
-
-    def log(self, stage, history):
-        with open(self.out / "metrics.jsonl", "a") as file:
-            for record in history:
-                file.write(json.dumps({"seed": self.seed, "stage": stage, **record}) + "\n")
-
 
 def pretrain(world, s, run):
     """pi_0: a checkpoint, or a transformer pretrained on the corpus."""
@@ -161,22 +140,26 @@ def pretrain(world, s, run):
         return load_init(s.init, world).to(run.device)
     tok = world.tokenizer
     torch.manual_seed(run.rng("weights").getrandbits(62))
-    init = GPT(GPTConfig(len(tok), world.max_prompt + world.max_response, s.n_embd, s.n_layer,
-                         s.n_head, suppress_tokens=tok.suppress)).to(run.device)
-    with run.stage("pretrain", f"1 pi_0: pretraining on {len(world.corpus):,} texts"):
-        documents = encode_documents(tok, world.corpus, init.config.n_positions)
-        run.log("pretrain", train.fit(init, [(d,) for d in documents], train.nll_loss,
-                                      schedules(s)["pretrain"], run.rng("pretrain"), "pretrain"))
+    new = GPT(GPTConfig(len(tok), world.max_prompt + world.max_response, s.n_embd, s.n_layer,
+                        s.n_head, suppress_tokens=tok.suppress)).to(run.device)
+    init, history = run.trained(
+        "pretrain", f"1 pi_0: pretraining on {len(world.corpus):,} texts", new,
+        lambda: train.fine_tune(new, encode_documents(tok, world.corpus, new.config.n_positions),
+                                [], schedules(s)["pretrain"], run.rng("pretrain"), "pretrain",
+                                run.snapshot("pretrain")))
+    run.log("pretrain", history)
     return init
 
 
 def fine_tune(world, s, run, init):
     """pi_SFT: maximum likelihood on the demonstrations, which minimises the forward KL to them."""
-    sft, rng = copy.deepcopy(init), run.rng("sft")
-    with run.stage("sft", f"2 pi_SFT: forward KL to {len(world.demos):,} demonstrations"):
-        learn, held_out = train.split([(world.pair(x, y),) for x, y in world.demos], 0.05, rng)
-        run.log("sft", train.fit(sft, learn, train.nll_loss, schedules(s)["sft"], rng, "sft",
-                                 held_out))
+    rng = run.rng("sft")
+    parts = train.split([world.pair(x, y) for x, y in world.demos], 0.05, rng)
+    sft, history = run.trained(
+        "sft", f"2 pi_SFT: forward KL to {len(world.demos):,} demonstrations", init,
+        lambda: train.fine_tune(init, *parts, schedules(s)["sft"], rng, "sft",
+                                run.snapshot("sft")))
+    run.log("sft", history)
     return sft
 
 
@@ -186,10 +169,10 @@ def draw_samples(world, s, run, init, sft):
     prompts = [x for _ in range(math.ceil(half / len(world.train_prompts)))
                for x in rng.sample(world.train_prompts, len(world.train_prompts))][:half]
     ids = [world.tokenizer.encode(x) for x in prompts]
-    with run.stage("samples", f"3 samples: {2 * half:,} each of pi_0 and pi_SFT"):
-        written = train.side_by_side(
+    written = run.stage(
+        "samples", f"3 samples: {2 * half:,} each of pi_0 and pi_SFT", lambda: train.side_by_side(
             lambda job: world.sample(job[0], ids, 2, run.generator(job[1]), job[1]),
-            [(init, "y ~ pi_0"), (sft, "y ~ pi_SFT")], run.device)
+            [(init, "y ~ pi_0"), (sft, "y ~ pi_SFT")], run.device))
     return prompts, [[(x, y) for x, ys in zip(ids, part) for y in ys] for part in written]
 
 
@@ -222,9 +205,10 @@ def train_rewards(world, s, run, init, sft, labelled, y_init, y_sft):
     def learn(name):
         items, held = data[name]
         loss = train.preference_step if name == "preference" else train.discriminator_step
-        with run.stage(name, f"4 {name}: reward model on {len(items):,} pairs"):
-            return train.train_reward(init, items, held, loss, schedules(s)["reward"],
-                                      run.rng(name), s.head, name)
+        return run.trained(
+            name, f"4 {name}: reward model on {len(items):,} pairs", RewardModel(init, s.head),
+            lambda: train.train_reward(init, items, held, loss, schedules(s)["reward"],
+                                       run.rng(name), s.head, name, run.snapshot(name)))
 
     names = [name for name in data if name in s.rewards and data[name][0]]  # labels may be missing
     rewards = {}
@@ -240,17 +224,19 @@ def train_rewards(world, s, run, init, sft, labelled, y_init, y_sft):
 def best_of_n(s, run, rewards, truth):
     """Scores (P, N) of the candidates by every reward model and by the controls that train nothing;
     their best-of-n for every n goes to the table."""
-    shape, pairs, rng = truth.candidates.lengths.shape, truth.candidates.pairs, run.rng("random")
-    with run.stage("best-of-N", f"5 best-of-N: {len(pairs):,} candidates scored"):
-        values = train.side_by_side(lambda name: score(rewards[name][0], pairs, run.device),
-                                    list(rewards), run.device)
-        scores = {name: mine.reshape(shape) for name, mine in zip(rewards, values)}
-        scores["length"] = truth.candidates.lengths
-        scores["random"] = np.array([rng.random() for _ in pairs]).reshape(shape)
-        if truth.candidates.gold is not None:
-            scores["golden"] = truth.candidates.gold
-        for name, values in scores.items():
-            truth.add_best_of_n(name, values)
+    pairs, rng = truth.candidates.pairs, run.rng("random")
+    values = run.stage(
+        "best-of-N", f"5 best-of-N: {len(pairs):,} candidates scored", lambda: train.side_by_side(
+            lambda name: torch.from_numpy(score(rewards[name][0], pairs, run.device)),
+            list(rewards), run.device))
+    scores = {name: mine.cpu().numpy() for name, mine in zip(rewards, values)}
+    scores["length"] = truth.candidates.lengths
+    scores["random"] = np.array([rng.random() for _ in pairs])
+    if truth.candidates.gold is not None:
+        scores["golden"] = truth.candidates.gold
+    scores = {name: mine.reshape(truth.candidates.lengths.shape) for name, mine in scores.items()}
+    for name, values in scores.items():
+        truth.add_best_of_n(name, values)
     return scores
 
 
@@ -269,33 +255,36 @@ def optimise_policy(world, s, run, sft, truth, reward, plan, beta, label):
         written = world.sample(policy, ids, s.group, generator)
         return [(x, y) for x, ys in zip(ids, written) for y in ys]
 
-    with run.stage(label, f"6 {label}: {s.policy_steps} policy-gradient steps"):
-        policy, history = train.optimise_policy(sft, reward, draw, s.policy_steps, plan, beta,
-                                                s.group, s.ppo_clip, s.dense, label, truth.watch)
-    run.seconds[label] = round(run.seconds[label] - truth.watching, 2)      # the method's own time
-    truth.watching = 0.0
+    policy, history = run.trained(
+        label, f"6 {label}: {s.policy_steps} policy-gradient steps", sft,
+        lambda: train.optimise_policy(sft, reward, draw, s.policy_steps, plan, beta, s.group,
+                                      s.ppo_clip, s.dense, label, truth.watch),
+        getattr(reward, "judge", None))
+    if isinstance(reward, ExactAdversary):
+        reward.policy = policy          # also if the stage was finished before
     run.log(label, history)
     run.curves[label] = history
-    return policy
-
-
-def fit_pairs(s, run, reference, items, label):
-    """train.fit_pairs with this run's settings: DPO, or one round of SPIN and IRFT."""
-    policy, history = train.fit_pairs(reference, items, s.pair_beta, schedules(s)["pairs"],
-                                      run.rng("pairs"), label)
-    run.log(label, history)
     return policy
 
 
 def self_play(world, s, run, sft, demos, rounds, label):
     """SPIN is one round: demonstrations against pi_SFT's own samples to the same prompts. IRFT
     renews the opponent and its samples in every round."""
-    policy = sft
+    policy, histories = sft, []
     for i in range(rounds):
         own = world.sample(policy, [x for x, _ in demos], 1, run.generator(f"self-play {i}"), label)
         items = [(pair, (pair[0], ys[0])) for pair, ys in zip(demos, own)]
-        policy = fit_pairs(s, run, policy, items, f"{label} {i + 1}")
-    return policy
+        policy, history = fit_pairs(s, run, policy, items, label, i + 1)
+        histories += history
+    return policy, histories
+
+
+def fit_pairs(s, run, reference, items, label, number=1):
+    """train.fit_pairs with this run's settings: DPO, or round `number` of SPIN and IRFT."""
+    policy, history = train.fit_pairs(reference, items, s.pair_beta, schedules(s)["pairs"],
+                                      run.rng("pairs"), f"{label} {number}",
+                                      run.snapshot(label, f"fit {number}"))
+    return policy, [{"round": number, **record} for record in history]
 
 
 def run_methods(world, s, run, init, sft, rewards, labelled, truth):
@@ -334,8 +323,8 @@ def run_methods(world, s, run, init, sft, rewards, labelled, truth):
                     "dpo": lambda: fit_pairs(s, run, sft, labelled, "dpo")}
     for method, make in pair_methods.items():
         if method in s.methods and (labelled or method != "dpo"):
-            with run.stage(method, f"6 {method}"):
-                policy = make()
+            policy, history = run.trained(method, f"6 {method}", sft, make)
+            run.log(method, history)
             truth.add_policy(method, policy, seconds=run.seconds[method])
     return first
 
@@ -365,72 +354,50 @@ def check(s):
     if not s.betas or not all(0 < beta < math.inf for beta in s.betas):
         raise InputError("--betas must be positive")
     s.optimise = s.optimise or s.rewards[:1]
-    for name, top in (("heterogeneity", 1), ("label_noise", 1), ("ppo_clip", 0.9),
-                      ("label_smoothing", 0.4)):
-        if not 0 <= getattr(s, name) <= top:
-            raise InputError(f"--{name.replace('_', '-')} must lie in [0, {top}], not "
-                             f"{getattr(s, name)}")
-    if s.n_candidates < 1 or s.n_candidates & (s.n_candidates - 1):
+    for names, (least, top) in RANGES.items():
+        for name in names.split():
+            if not least <= getattr(s, name) <= top:
+                raise InputError(f"--{name.replace('_', '-')} must lie in [{least:g}, {top:g}], "
+                                 f"not {getattr(s, name)}")
+    if s.n_candidates & (s.n_candidates - 1):
         raise InputError(f"--n-candidates must be a power of two, not {s.n_candidates}")
-    for name in ("pretrain_epochs", "sft_epochs", "reward_epochs", "reward_clip", "pair_beta"):
-        if not 0 < getattr(s, name) < math.inf:
-            raise InputError(f"--{name.replace('_', '-')} must be positive")
-    for name, least in {**dict.fromkeys(COUNTS, 1), "group": 2}.items():
-        if getattr(s, name) < least:
-            raise InputError(f"--{name.replace('_', '-')} must be at least {least}, not "
-                             f"{getattr(s, name)}")
     train.check_model(s.n_embd, s.n_head, s.vocab_size)
     if not s.demos and (s.corpus or s.prompts or s.gold):
         raise InputError("--corpus, --prompts and --gold go with --demos")
 
 
-def run_seed(s, seed, world, out, device):
+def run_seed(s, run, world):
     """The whole story for one seed. Returns what results.json and the figures are made of."""
-    run = Run(out, seed, device)
     init = pretrain(world, s, run)
     sft = fine_tune(world, s, run, init)
     prompts, (y_init, y_sft) = draw_samples(world, s, run, init, sft)
     labelled = preference_items(world, s, run, prompts, y_sft)
     rewards = train_rewards(world, s, run, init, sft, labelled, y_init, y_sft)
-    with run.stage("candidates", f"5 best-of-N: {s.n_candidates} candidates to each of "
-                                 f"{len(world.test_prompts)} held-out prompts"):
-        truth = Truth(world, {"task": "file" if s.demos else s.task, "seed": seed}, init, sft,
-                      s.n_candidates, device, run.generator)
+    source = {"task": "file" if s.demos else s.task, "seed": run.seed}
+    truth = Truth(world, source, init, sft, s.n_candidates, run)
     scores = best_of_n(s, run, rewards, truth)
     optimised = run_methods(world, s, run, init, sft, rewards, labelled, truth)
-    records = inspect_rewards(world, seed, rewards, scores, truth.candidates, device)
+    records = run.stage("inspection", None, lambda: inspect_rewards(
+        world, run.seed, rewards, scores, truth.candidates, run.device))
+    out = run.out / f"seed{run.seed}"
     for name, model in (("init", init), ("sft", sft)):
-        save_pretrained(out / f"seed{seed}" / name, model, world.tokenizer)
+        save_pretrained(out / name, model, world.tokenizer)
     for name, (reward, _) in rewards.items():
         if isinstance(reward, RewardModel):
-            train.save_reward(out / f"seed{seed}" / name, reward, world.tokenizer)
+            train.save_reward(out / name, reward, world.tokenizer)
     samples = pick_samples(truth, scores, min(16, s.n_candidates), optimised)
-    write_json(out / f"seed{seed}" / "samples.json", samples)
+    write_json(out / "samples.json", samples)
     return truth.rows, records, run.curves, samples, run.seconds
 
 
-def main(argv=None):
-    """Run every seed, write results.json and the figures, print the table. Returns the results."""
-    start, s = time.perf_counter(), train.parse_settings(Settings, argv)
-    check(s)
-    device = train.choose_device(s.device)
-    make_world = file_world if s.demos else text_world
-    world = make_world(s, s.seed)       # bad data is refused here, before a file is written
-    if s.init:
-        load_init(s.init, world)
-    out = claim_folder(s.out, s.overwrite)
-    versions = {"python": platform.python_version(), "torch": torch.__version__,
-                "numpy": np.__version__, "tokenizers": tokenizers.__version__}
-    command = " ".join(["python afd.py", *(sys.argv[1:] if argv is None else argv)])
-    head = {"command": command, "config": asdict(s), "versions": versions, "device": str(device)}
-    for stale in ("results.json", "metrics.jsonl", "best_of_n.png", "reward_models.png"):
-        (out / stale).unlink(missing_ok=True)
-    write_json(out / "config.json", head)
+def run_seeds(s, world, make_world, out, head, device):
+    """Every seed's story, results.json rewritten after each; prints the tables of all of them."""
     rows, records, curves, seconds, first, n = [], [], {}, {}, [], min(16, s.n_candidates)
     for seed in range(s.seed, s.seed + s.seeds):
         world = world if seed == s.seed else make_world(s, seed)
         print(f"seed {seed} on {device}" + "".join(f"; {note}" for note in world.notes), flush=True)
-        *parts, samples, seconds[str(seed)] = run_seed(s, seed, world, out, device)
+        run = Run(out, seed, device)
+        *parts, samples, seconds[str(seed)] = run.whole(lambda: run_seed(s, run, world))
         rows, records, curves[str(seed)] = rows + parts[0], records + parts[1], parts[2]
         first = first or samples
         results = {**head, "seconds": seconds, "rows": rows, "reward_models": records,
@@ -444,6 +411,26 @@ def main(argv=None):
             print(f"figure  {path}")
     except ImportError as error:        # the numbers are safe; only the pictures need the extra
         print(error)
+    return results
+
+
+def main(argv=None):
+    """Run every seed, write results.json and the figures, print the table. Returns the results."""
+    start, s = time.perf_counter(), train.parse_settings(Settings, argv)
+    check(s)
+    device, out = train.choose_device(s.device, s.bf16, s.compile), Path(s.out)
+    make_world = file_world if s.demos else text_world
+    world = make_world(s, s.seed)       # bad data is refused here, before a file is written
+    if s.init:
+        load_init(s.init, world)
+    command = " ".join(["python afd.py", *(sys.argv[1:] if argv is None else argv)])
+    head = provenance(command, s, device, (world.corpus, world.demos, world.train_prompts,
+                                           world.test_prompts, world.test_demos))
+    with claimed(out, "config.json", head, s.overwrite, s.resume) as head:
+        if not any(out.glob("seed*/stages")):       # nothing to go on with
+            for stale in ("results.json", "metrics.jsonl", "best_of_n.png", "reward_models.png"):
+                (out / stale).unlink(missing_ok=True)
+        results = run_seeds(s, world, make_world, out, head, device)
     print(f"results {out / 'results.json'}\n{time.perf_counter() - start:.0f} seconds")
     return results
 

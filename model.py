@@ -368,10 +368,19 @@ def save_pretrained(folder, model, tokenizer, **extra):
 
 
 def write_aside(path, write):
-    """write(part) fills a file beside path, which is then renamed: path is whole or not there."""
+    """write(part) fills a file beside path, which is then renamed: path is whole or not there.
+
+    Raises InputError where it cannot be written: what was there before is then still there.
+    """
     part = path.with_name(f".{path.name}.part")
-    write(part)
-    part.replace(path)
+    try:
+        write(part)
+        part.replace(path)
+    except Exception as error:      # a full disk is another kind of error in each library
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise InputError(f"{path}: cannot be written; is the disk full? ({reason})") from error
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def write_json(path, value, indent=1):
@@ -421,17 +430,3 @@ def load_init(folder, world):
     if init.config.n_positions < world.max_prompt + world.max_response:
         raise InputError(f"{folder}: {init.config.n_positions} positions are too few")
     return init
-
-
-def claim_folder(out, overwrite):
-    """Make the run's folder; refuse one that holds another run unless overwrite is set."""
-    out = Path(out)
-    try:
-        if (out / "config.json").exists() and not overwrite:
-            raise InputError(f"{out} holds another run: choose another --out, or --overwrite it")
-        out.mkdir(parents=True, exist_ok=True)
-        (out / ".part").touch()
-        (out / ".part").unlink()
-    except OSError as error:
-        raise InputError(f"{out}: cannot be written ({error.strerror})") from error
-    return out

@@ -1,7 +1,8 @@
-"""Text in, checkpoints out: reading data, batches, the training loops; usable stage by stage.
+"""Text in, checkpoints out: the training loops and their losses; usable stage by stage.
 
     python train.py pretrain --corpus FILE --out DIR                    pi_0
     python train.py sft      --demos FILE --init DIR --out DIR          pi_SFT
+    python train.py sample   --prompts FILE --init DIR --out FILE       y ~ pi
     python train.py reward   --positives FILE --negatives FILE --init DIR --out DIR
 
 A pair is (prompt ids, response ids): the response ends with EOS if it is finished. Pretraining
@@ -9,95 +10,32 @@ reads a document as a response to the empty prompt. Only response tokens that th
 bear loss. Losses are in nats per token, discriminator losses in nats per pair of samples.
 """
 
-import argparse
 import copy
-import dataclasses
+import json
 import math
 import random
+import shutil
 import sys
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+import time
+import zlib
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from divergences import discriminator_loss, policy_gradient_loss
-from model import (GPT, GPTConfig, InputError, bpe_tokenizer, claim_folder, collate,
-                   encode_documents, encode_pair, load_pretrained, logp_token, save_pretrained,
-                   write_aside)
+from model import (GPT, GPTConfig, InputError, bpe_tokenizer, collate, encode_documents,
+                   encode_pair, load_pretrained, logp_token, sample_responses, save_pretrained,
+                   write_aside, write_json)
 from reward import HEADS, RewardModel, at_the_end, bradley_terry_loss, implicit_reward
-from toy_envs.worlds import read_examples, read_texts
+from toy_envs.batches import (Objective, from_all, length_batches, micro_batches, processes,
+                              rank_and_count)
+from toy_envs.runs import (choose_device, claimed, keep, kept, parse_settings, provenance,
+                           run_script, setting, side_by_side)
+from toy_envs.worlds import read_examples, read_prompts, read_texts
 
-
-# ---- settings and flags -------------------------------------------------------------------------
-
-def setting(default, help, choices=None):
-    """One field of a settings dataclass: its default, its line of documentation, its choices."""
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
-
-
-class _OneLineParser(argparse.ArgumentParser):
-    def error(self, message):
-        raise InputError(f"{message} (--help lists the flags)")
-
-
-def add_flags(parser, Settings):
-    """Give parser one flag per field of the dataclass: `batch_size: int` becomes `--batch-size`.
-
-    A bool field becomes a pair of switches, --name and --no-name; the help is the field's own line.
-    """
-    for field in dataclasses.fields(Settings):
-        name = "--" + field.name.replace("_", "-")
-        help = field.metadata["help"].replace("%", "%%")
-        if field.default not in (None, ""):
-            help += f" (default: {field.default})"
-        if isinstance(field.default, bool):
-            kind = {"action": argparse.BooleanOptionalAction}
-        else:
-            kind = {"type": str if field.default is None else type(field.default),
-                    "choices": field.metadata["choices"]}
-        parser.add_argument(name, default=field.default, help=help, **kind)
-
-
-def parse_settings(Settings, argv=None):
-    """Read the command line into the dataclass `Settings`; its docstring is the help's text."""
-    parser = _OneLineParser(description=Settings.__doc__, allow_abbrev=False,
-                            formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_flags(parser, Settings)
-    return Settings(**vars(parser.parse_args(argv)))
-
-
-def run_script(main):
-    """Call main(); on bad input print one line and exit with status 2, on Ctrl-C with 130."""
-    try:
-        main()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        sys.exit(130)
-
-
-# ---- batches ------------------------------------------------------------------------------------
-
-def item_length(item):
-    return max(len(prompt) + len(response) for prompt, response in item)
-
-
-def length_batches(items, batch_size, rng):
-    """Shuffled batches whose items, tuples of pairs, are of similar length: little padding.
-
-    Items are sorted within stretches of 16 batches, so that batches differ from epoch to epoch.
-    """
-    order, batches = rng.sample(range(len(items)), len(items)), []
-    for start in range(0, len(order), 16 * batch_size):
-        stretch = sorted(order[start:start + 16 * batch_size], key=lambda i: item_length(items[i]))
-        batches += [[items[i] for i in stretch[j:j + batch_size]]
-                    for j in range(0, len(stretch), batch_size)]
-    rng.shuffle(batches)
-    return batches
+SNAPSHOT_SECONDS = 20.0     # how much of a training loop's work a kill may cost
 
 
 # ---- the loop -----------------------------------------------------------------------------------
@@ -112,6 +50,10 @@ class Schedule:
     weight_decay: float = setting(0.0, "decoupled weight decay, on matrices only")
     clip: float = setting(1.0, "largest gradient norm")
     evaluations: int = setting(8, "looks at the held-out data; the best one is kept")
+    micro_tokens: int = setting(0, "tokens that go through the model at a time, padding included; "
+                                   "a step's gradients add up to the same (0: all of a step)")
+    bf16: bool = setting(False, "train in bfloat16 autocast; CUDA only")
+    compile: bool = setting(False, "compile the transformer while it is trained; CUDA only")
 
 
 def learning_rate(schedule, step, steps):
@@ -123,60 +65,81 @@ def learning_rate(schedule, step, steps):
     return schedule.lr * (0.01 + 0.495 * (1 + math.cos(math.pi * progress)))
 
 
-def fit(model, items, loss_fn, schedule, rng, label="fit", held_out=None):
+def fit(model, items, loss_fn, schedule, rng, label="fit", held_out=(), snapshot=None,
+        weigh=lambda model, items: len(items)):
     """Minimise loss_fn(model, list of items); with held-out items, keep the weights best on them.
 
+    weigh(model, items): how many terms loss_fn is a mean over; items of none are left out.
+    snapshot: a path where the loop keeps its state now and then; called with the same arguments
+    again it goes on from there, bit for bit. The caller removes it.
     Returns the history, a list of {step, loss[, held_out]}. Raises InputError at a loss that is not
     finite, naming the step; the model is then not to be used.
     """
+    items, held_out = ([i for i in part if weigh(model, [i])] for part in (items, held_out))
     if not items:
         raise InputError(f"{label}: no data to train on")
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": schedule.weight_decay},
-                                   {"params": vectors, "weight_decay": 0.0}],
-                                  lr=schedule.lr, betas=(0.9, 0.99), fused=True)
+    objective = Objective(model, loss_fn, weigh, schedule)
+    optimizer = make_optimizer(model, schedule)
+    of = snapshot and str(zlib.crc32(repr((schedule, items, held_out, rng.getstate())).encode()))
+    state = restore(snapshot, of, model, optimizer) or {
+        "history": [], "best": math.inf, "best_model": None, "epoch": rng.getstate(), "left": None}
+    rng.setstate(state["epoch"])        # from before this epoch's batches were drawn
+    queue = length_batches(items, schedule.batch_size, rng)[:state["left"]]
+    history, saved, first = state["history"], time.monotonic(), rank_and_count()[0] == 0
     steps = max(1, math.ceil(schedule.epochs * len(items) / schedule.batch_size))
     looks = {math.ceil(steps * (i + 1) / schedule.evaluations) - 1
              for i in range(schedule.evaluations)}
-    history, best, best_state, queue = [], math.inf, None, []
-    bar = tqdm(range(steps), desc=label, unit="step", disable=None, leave=False)
-    for step in bar:
-        queue = queue or length_batches(items, schedule.batch_size, rng)
-        loss = loss_fn(model, queue.pop())
+    for step in tqdm(range(len(history), steps), label, steps, initial=len(history), unit="step",
+                     disable=None if first else True, leave=False):
+        if not queue:
+            state["epoch"] = rng.getstate()
+            queue = length_batches(items, schedule.batch_size, rng)
+        loss = objective.accumulate(queue.pop())
         take_step(model, optimizer, loss, schedule, step, steps, label)
-        history.append({"step": step, "loss": loss.item()})
+        history.append({"step": step, "loss": loss})
         if held_out and step in looks:
-            history[-1]["held_out"] = now = mean_loss(model, held_out, loss_fn, schedule.batch_size)
-            if now < best:
-                best, best_state = now, copy.deepcopy(model.state_dict())
-            bar.set_postfix(held_out=f"{now:.3f}")
-    if best_state is not None:
-        model.load_state_dict(best_state)
+            history[-1]["held_out"] = now = objective.mean(held_out, schedule.batch_size)
+            if now < state["best"]:
+                state.update(best=now, best_model=copy.deepcopy(model.state_dict()))
+        if snapshot and first and time.monotonic() - saved > SNAPSHOT_SECONDS:
+            keep(snapshot, {**state, "left": len(queue), "model": model.state_dict(),
+                            "optimizer": optimizer.state_dict()}, of)
+            saved = time.monotonic()
+    if state["best_model"] is not None:
+        model.load_state_dict(state["best_model"])
     return history
 
 
+def restore(snapshot, of, model, optimizer):
+    """The state that fit() kept, model and optimizer set to it; None if there is none."""
+    state = snapshot and kept(snapshot, of, device_of(model))
+    if state:
+        model.load_state_dict(state.pop("model"))
+        optimizer.load_state_dict(state.pop("optimizer"))
+    return state
+
+
+def make_optimizer(model, schedule):
+    """AdamW; weight decay is for matrices only."""
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    return torch.optim.AdamW([{"params": matrices, "weight_decay": schedule.weight_decay},
+                              {"params": vectors, "weight_decay": 0.0}],
+                             lr=schedule.lr, betas=(0.9, 0.99), fused=True)
+
+
 def take_step(model, optimizer, loss, schedule, step, steps, label):
-    """Step number `step` of `steps` down the loss, at the schedule's rate, the gradient clipped.
-    Raises InputError if the loss is not finite.
+    """Step number `step` of `steps` down the gradient, clipped, at the schedule's rate.
+    Raises InputError if the loss or the gradient is not finite.
     """
-    if not math.isfinite(loss.item()):
-        raise InputError(f"{label}: the loss is {loss.item()} at step {step}; a lower learning "
-                         "rate may help")
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), schedule.clip)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), schedule.clip).item()
+    if not math.isfinite(loss) or not math.isfinite(norm):
+        raise InputError(f"{label}: the loss is {loss}, its gradient's norm {norm}, at step {step};"
+                         " a lower learning rate may help")
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(schedule, step, steps)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-
-
-@torch.inference_mode()
-def mean_loss(model, items, loss_fn, batch_size):
-    """loss_fn over all items, each batch counting by its number of items."""
-    items = sorted(items, key=item_length)
-    chunks = [items[i:i + batch_size] for i in range(0, len(items), batch_size)]
-    return sum(loss_fn(model, chunk).item() * len(chunk) for chunk in chunks) / len(items)
 
 
 # ---- the stages ---------------------------------------------------------------------------------
@@ -195,6 +158,13 @@ def nll_loss(model, items):
     batch = collate([pair for (pair,) in items], device_of(model))
     writable = batch.response_mask() & model.suppress.isfinite()[batch.tokens]
     return -logp_token(model, batch)[writable].mean()
+
+
+def targets(model, items):
+    """How many tokens nll_loss is a mean over."""
+    never = set(model.config.suppress_tokens)
+    return sum(token not in never for ((prompt, response),) in items
+               for token in response[not prompt:])      # a first token of all has no state
 
 
 def discriminator_step(model, items):
@@ -229,14 +199,22 @@ def pair_up(positives, negatives, rng):
     return cycle(a, b), cycle(a_held, b_held)
 
 
-def train_reward(policy, items, held_out, loss_fn, schedule, rng, head="sum", label="reward"):
+def fine_tune(policy, learn, held_out, schedule, rng, label="sft", snapshot=None):
+    """(policy, history): a copy of policy of least nll_loss on pairs (prompt ids, response ids)."""
+    policy = copy.deepcopy(policy)
+    learn, held_out = ([(pair,) for pair in pairs] for pairs in (learn, held_out))
+    return policy, fit(policy, learn, nll_loss, schedule, rng, label, held_out, snapshot, targets)
+
+
+def train_reward(policy, items, held_out, loss_fn, schedule, rng, head="sum", label="reward",
+                 snapshot=None):
     """A RewardModel started from policy, trained on items (better pair, worse pair).
 
     The held-out items pick the weights: no model is judged by its overfit. Returns the model and
     its history.
     """
     model = RewardModel(policy, head)
-    return model, fit(model, items, loss_fn, schedule, rng, label, held_out)
+    return model, fit(model, items, loss_fn, schedule, rng, label, held_out, snapshot)
 
 
 def optimise_policy(sft, reward, draw, steps, schedule, beta, k, ppo_clip=0.0, dense=True,
@@ -248,6 +226,8 @@ def optimise_policy(sft, reward, draw, steps, schedule, beta, k, ppo_clip=0.0, d
     draw(policy) gives pairs, the k samples of a prompt together; a reward that learns along has
     learn(pairs, policy). dense: a reward that is a sum over tokens is given where it is earned.
     """
+    def mean(parts):
+        return torch.cat([part.sum(1) for part in parts]).mean().item()
     policy, history = copy.deepcopy(sft), []
     optimizer = torch.optim.AdamW(policy.parameters(), lr=schedule.lr, betas=(0.9, 0.95),
                                   weight_decay=schedule.weight_decay)
@@ -255,26 +235,36 @@ def optimise_policy(sft, reward, draw, steps, schedule, beta, k, ppo_clip=0.0, d
         pairs = draw(policy)
         if hasattr(reward, "learn"):
             reward.learn(pairs, policy)
-        batch = collate(pairs, device_of(policy))
-        with torch.no_grad():
-            rewards, reference = reward.token_rewards(batch), logp_token(sft, batch)
-            if not dense:
-                rewards = at_the_end(rewards.sum(1), batch)
-        old = None
+        groups = [pairs[i:i + k] for i in range(0, len(pairs), k)]
+        parts = [rewarded(sft, reward, [pair for group in part for pair in group], dense)
+                 for part in micro_batches(groups, schedule.micro_tokens)]
+        old = [None] * len(parts)
         for _ in range(4 if ppo_clip else 1):
-            logp = logp_token(policy, batch)
-            old = logp.detach() if old is None else old
-            loss = policy_gradient_loss(logp, old, reference, rewards, batch.response_mask(), beta,
-                                        k, ppo_clip)
-            take_step(policy, optimizer, loss, schedule, step, steps, label)
-        history.append({"step": step, "proxy": rewards.sum(1).mean().item(),
-                        "kl_from_sft": (old - reference).sum(1).mean().item(),
-                        "entropy": -old.sum(1).mean().item(),
+            total = 0.0
+            for i, (batch, rewards, reference) in enumerate(parts):
+                logp = logp_token(policy, batch)
+                old[i] = logp.detach() if old[i] is None else old[i]
+                loss = policy_gradient_loss(logp, old[i], reference, rewards, batch.response_mask(),
+                                            beta, k, ppo_clip) * (len(logp) / len(pairs))
+                loss.backward()
+                total += loss.item()
+            take_step(policy, optimizer, total, schedule, step, steps, label)
+        history.append({"step": step, "proxy": mean(rewards for _, rewards, _ in parts),
+                        "kl_from_sft": mean(a - b for a, (_, _, b) in zip(old, parts)),
+                        "entropy": -mean(old),
                         **(watch(policy, pairs) if watch else {})})
     return policy, history
 
 
-def fit_pairs(reference, items, beta, schedule, rng, label="pairs"):
+@torch.no_grad()
+def rewarded(sft, reward, pairs, dense):
+    """(batch, its rewards (B, T), log pi_SFT (B, T)) of samples."""
+    batch = collate(pairs, device_of(sft))
+    rewards = reward.token_rewards(batch)
+    return batch, rewards if dense else at_the_end(rewards.sum(1), batch), logp_token(sft, batch)
+
+
+def fit_pairs(reference, items, beta, schedule, rng, label="pairs", snapshot=None):
     """The policy, started at the reference, of least Bradley-Terry loss of its implicit reward
     beta (log pi - log pi_ref) on items (preferred pair, other pair), and the history.
 
@@ -287,61 +277,37 @@ def fit_pairs(reference, items, beta, schedule, rng, label="pairs"):
         r = implicit_reward(model, reference, batch, beta)
         return bradley_terry_loss(r[0::2], r[1::2])
     learn, held_out = split(items, 0.05, rng)
-    return policy, fit(policy, learn, loss_fn, schedule, rng, label, held_out)
-
-
-def choose_device(name):
-    """torch.device of a --device flag; "auto" takes CUDA, then MPS, then the CPU."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
-                 "cpu": True}
-    if name == "auto":
-        return torch.device(next(kind for kind, there in available.items() if there))
-    if not available.get(name.split(":")[0], False):
-        raise InputError(f"no device {name!r} here; available: "
-                         + ", ".join(kind for kind, there in available.items() if there))
-    try:
-        return torch.zeros(1, device=name).device
-    except RuntimeError as error:
-        raise InputError(f"no device {name!r} here") from error
-
-
-def side_by_side(function, jobs, device):
-    """[function(job) for job in jobs]; on a CPU as many at a time as there are cores, each on one:
-    a step of a small model is too short to share out.
-    """
-    cores = torch.get_num_threads()
-    if device.type != "cpu" or cores == 1:
-        return [function(job) for job in jobs]
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(cores) as pool:
-            return list(pool.map(function, jobs))
-    finally:
-        torch.set_num_threads(cores)
+    return policy, fit(policy, learn, loss_fn, schedule, rng, label, held_out, snapshot)
 
 
 # ---- stage by stage, from the command line ------------------------------------------------------
 
+STAGES = {"pretrain": ["corpus"], "sft": ["demos", "init"],       # and what each has to be given
+          "sample": ["prompts", "init"], "reward": ["positives", "negatives", "init"]}
+
+
 @dataclass
-class Settings:
+class Settings(Schedule):
     """Train one stage: files in, a checkpoint folder out.
 
     python train.py pretrain --corpus TEXT --out pi_0
     python train.py sft --demos DEMOS.jsonl --init pi_0 --out pi_sft
+    python train.py sample --prompts PROMPTS.txt --init pi_sft --out SFT.jsonl
     python train.py reward --positives SFT.jsonl --negatives INIT.jsonl --init pi_0 --out reward
+    torchrun --nproc_per_node=2 train.py sft ...        the same on two GPUs
     """
     corpus: str = setting(None, "pretrain: plain text, or JSON lines with 'text'")
     demos: str = setting(None, "sft: JSON lines with prompt and response, or chosen and rejected")
     positives: str = setting(None, "reward: examples with label 1, as for --demos")
     negatives: str = setting(None, "reward: examples with label 0, as for --demos")
-    init: str = setting(None, "sft, reward: the checkpoint folder to start from")
-    out: str = setting(None, "the checkpoint folder to write")
-    overwrite: bool = setting(False, "replace the checkpoint that --out holds")
+    prompts: str = setting(None, "sample: prompts, one a line or JSON lines")
+    per_prompt: int = setting(1, "sample: responses to each prompt")
+    init: str = setting(None, "sft, sample, reward: the checkpoint folder to start from")
+    out: str = setting(None, "the checkpoint folder to write; sample: the file")
+    overwrite: bool = setting(False, "replace what --out holds")
+    resume: bool = setting(False, "go on where the same command was stopped")
     seed: int = setting(0, "random seed")
     device: str = setting("auto", "auto, cpu, cuda or mps")
-    lr: float = setting(1e-3, "peak learning rate")
-    epochs: float = setting(1.0, "passes over the data")
-    batch_size: int = setting(16, "items per step")
     head: str = setting("sum", "reward: the reward head", choices=list(HEADS))
     max_response: int = setting(64, "sft, reward: longest response in tokens; longer ones are cut")
     n_positions: int = setting(256, "pretrain: longest sequence in tokens")
@@ -372,46 +338,80 @@ def check_model(n_embd, n_head, vocab_size):
         raise InputError(f"--vocab-size {vocab_size}: 256 bytes and two special tokens are least")
 
 
-def run_stage(stage, s):
-    """Train one stage as the settings say and write its checkpoint."""
-    for name in ("lr", "epochs", "batch_size", "max_response", "n_positions", "n_layer"):
+def check(stage, s):
+    """Refuse settings that the stage cannot run with. Raises InputError."""
+    for name in ("lr", "epochs", "batch_size", "max_response", "n_positions", "n_layer",
+                 "per_prompt", "clip", "evaluations"):
         if not (getattr(s, name) > 0 and math.isfinite(getattr(s, name))):
             raise InputError(f"--{name.replace('_', '-')} must be positive")
     check_model(s.n_embd, s.n_head, s.vocab_size)
-    for name in {"pretrain": ["corpus"], "sft": ["demos", "init"],
-                 "reward": ["positives", "negatives", "init"]}[stage] + ["out"]:
+    for name in (*STAGES[stage], "out"):
         if getattr(s, name) is None:
             raise InputError(f"{stage} needs --{name}")
-    schedule = Schedule(s.lr, s.epochs, s.batch_size)
-    device, rng = choose_device(s.device), random.Random(s.seed)
+
+
+def sample(s, device):
+    """Write n responses to each prompt as JSON lines, which the other stages read as examples.
+
+    Prompts go in chunks, each with randomness of its own: the result is the same whoever draws it.
+    """
+    out, (rank, count) = Path(s.out), rank_and_count()
+    if out.exists() and not s.overwrite:
+        raise InputError(f"{out} is there already: choose another --out, or --overwrite it")
+    model, tokenizer, _ = load_pretrained(s.init)
+    model, room = model.to(device), model.config.n_positions - s.max_response
+    texts = [(x, tokenizer.encode(x)) for x in read_prompts(s.prompts)]
+    fitting = [(x, ids) for x, ids in texts if 0 < len(ids) <= room]
+    if not fitting:
+        raise InputError(f"{s.prompts}: no prompt fits {room} tokens")
+    chunks = [fitting[i:i + 32] for i in range(0, len(fitting), 32)]
+
+    def draw(number):
+        seed = random.Random(f"{s.seed} {number}").getrandbits(62)
+        return sample_responses(model, [ids for _, ids in chunks[number]], s.per_prompt,
+                                s.max_response, tokenizer.eos,
+                                torch.Generator(device).manual_seed(seed))
+    parts = from_all([draw(number) for number in range(rank, len(chunks), count)])
+    drawn = [row for number in range(len(chunks)) for row in parts[number % count][number // count]]
+    rows = [{"prompt": x, "response": tokenizer.decode(y)} for (x, _), ys in zip(fitting, drawn)
+            for y in ys]
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows if row["response"].strip()]
+    if rank == 0:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_aside(out, lambda part: part.write_text("".join(lines), encoding="utf-8"))
+    print(f"sample: {len(lines)} responses; left out: {len(rows) - len(lines)} empty ones, "
+          f"{len(texts) - len(fitting)} prompts of more than {room} tokens; {out}")
+
+
+def run_stage(stage, s, device):
+    """Train one stage as the settings say and write its checkpoint."""
+    rng = random.Random(s.seed)
     torch.manual_seed(s.seed)
     if stage == "pretrain":
         texts = read_texts(s.corpus)
         tokenizer = bpe_tokenizer(texts, s.vocab_size)
         model = GPT(GPTConfig(len(tokenizer), s.n_positions, s.n_embd, s.n_layer, s.n_head,
                               suppress_tokens=tokenizer.suppress))
+        data = encode_documents(tokenizer, texts, model.config.n_positions), []
     else:
         model, tokenizer, _ = load_pretrained(s.init)
-    fitting = model.config.n_positions, s.max_response
-    if stage == "reward":
-        positives, negatives = (read_pairs(path, tokenizer, *fitting)
-                                for path in (s.positives, s.negatives))
-    elif stage == "sft":
-        pairs = read_pairs(s.demos, tokenizer, *fitting)
-    out = claim_folder(s.out, s.overwrite)
-    model = model.to(device)
-    if stage == "reward":
-        reward, history = train_reward(model, *pair_up(positives, negatives, rng),
-                                       discriminator_step, schedule, rng, s.head, stage)
-        save_reward(out, reward, tokenizer)
-    else:
-        if stage == "pretrain":
-            learn, held_out = encode_documents(tokenizer, texts, model.config.n_positions), []
-        else:
-            learn, held_out = split(pairs, 0.05, rng)
-        history = fit(model, [(pair,) for pair in learn], nll_loss, schedule, rng, stage,
-                      [(pair,) for pair in held_out])
-        save_pretrained(out, model, tokenizer)
+        pairs = [read_pairs(getattr(s, name), tokenizer, model.config.n_positions, s.max_response)
+                 for name in STAGES[stage] if name != "init"]
+        data = pair_up(*pairs, rng) if stage == "reward" else split(*pairs, 0.05, rng)
+    out, head = Path(s.out), provenance(f"python train.py {stage}", s, device, data)
+    with claimed(out, "train.json", head, s.overwrite, s.resume) as head:
+        history, model = head.get("history"), model.to(device)
+        if history is None:     # else it was finished before
+            plan = Schedule(*(getattr(s, field.name) for field in fields(Schedule))), rng
+            if stage == "reward":
+                model, history = train_reward(model, *data, discriminator_step, *plan, s.head,
+                                              stage, out / "stages" / "fit")
+            else:
+                model, history = fine_tune(model, *data, *plan, stage, out / "stages" / "fit")
+            if rank_and_count()[0] == 0:
+                (save_reward if stage == "reward" else save_pretrained)(out, model, tokenizer)
+                write_json(out / "train.json", {**head, "history": history})
+                shutil.rmtree(out / "stages", ignore_errors=True)
     print(f"{stage}: loss {history[0]['loss']:.3f} -> {history[-1]['loss']:.3f} in {len(history)} "
           f"steps; {out}")
 
@@ -425,12 +425,15 @@ def save_reward(folder, reward, tokenizer):
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    stages = ("pretrain", "sft", "reward")
-    if argv and argv[0] in stages:
-        return run_stage(argv[0], parse_settings(Settings, argv[1:]))
+    if argv and argv[0] in STAGES:
+        s = parse_settings(Settings, argv[1:])
+        check(argv[0], s)
+        device = choose_device(s.device, s.bf16, s.compile)
+        with processes(device):
+            return sample(s, device) if argv[0] == "sample" else run_stage(argv[0], s, device)
     if {"-h", "--help"} & set(argv):
         return parse_settings(Settings, ["--help"])
-    raise InputError(f"name a stage first: {', '.join(stages)} (--help lists the flags)")
+    raise InputError(f"name a stage first: {', '.join(STAGES)} (--help lists the flags)")
 
 
 if __name__ == "__main__":

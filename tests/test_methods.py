@@ -7,7 +7,6 @@ unless a test says that it samples.
 
 import copy
 import itertools
-import json
 import math
 import random
 import types
@@ -332,18 +331,16 @@ def minimise(parameters, loss_fn, steps=300):
 # ---- pairs: SPIN, IRFT, DPO ---------------------------------------------------------------------
 
 def play(folder, rounds, label, demos):
-    """afd.self_play from SFT on demonstrations; returns the policy and the losses by stage."""
+    """afd.self_play from SFT on demonstrations; returns the policy and the losses by round."""
     def sample(policy, ids, n, generator, label=None):
         return sample_responses(policy, ids, n, LONGEST, EOS, generator)
     world = types.SimpleNamespace(sample=sample)
-    folder.mkdir()
     run, s = afd.Run(folder, 0, "cpu"), types.SimpleNamespace(
         **{**vars(afd.Settings()), "pretrain_epochs": 1.0})
-    policy = afd.self_play(world, s, run, SFT, demos, rounds, label)
+    policy, history = afd.self_play(world, s, run, SFT, demos, rounds, label)
     losses = {}
-    for line in (folder / "metrics.jsonl").open():
-        record = json.loads(line)
-        losses.setdefault(record["stage"], []).append(record["loss"])
+    for record in history:
+        losses.setdefault(record["round"], []).append(record["loss"])
     return policy, losses
 
 
@@ -357,10 +354,10 @@ def test_spin_is_irft_with_one_round(tmp_path):
              for y in rng.choices(RESPONSES, chance[i], k=150)]
     spin, losses = play(tmp_path / "a", 1, "spin", demos)
     irft, _ = play(tmp_path / "b", 1, "irft", demos)
-    assert list(losses) == ["spin 1"]
+    assert list(losses) == [1]
     assert all(torch.equal(a, b) for a, b in zip(spin.parameters(), irft.parameters()))
     further, losses = play(tmp_path / "c", 3, "irft", demos)
-    assert [stage[0] for stage in losses.values()] == pytest.approx(3 * [math.log(2)], abs=1e-12)
+    assert [one[0] for one in losses.values()] == pytest.approx(3 * [math.log(2)], abs=1e-12)
     with torch.no_grad():
         away = [kl(listed(INIT), listed(policy)).mean() for policy in (SFT, spin, further)]
     assert away[0] > away[1] > away[2]          # towards whoever wrote the demonstrations

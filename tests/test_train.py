@@ -10,7 +10,8 @@ import torch
 import train
 from divergences import forward_kl
 from model import (GPT, GPTConfig, InputError, collate, load_pretrained, logp_seq, logp_token)
-from train import Schedule, claim_folder, fit, learning_rate, length_batches, nll_loss, split
+from toy_envs.batches import item_length
+from train import Schedule, fit, learning_rate, length_batches, nll_loss, split
 
 
 def tiny(seed=0, vocab=8, **more):
@@ -51,7 +52,7 @@ def test_batches_hold_every_item_once_and_little_padding():
     items = [(([0], [1] * (i % 9 + 1)),) for i in range(101)]
     batches = length_batches(items, 8, random.Random(0))
     assert sorted(map(id, items)) == sorted(id(i) for batch in batches for i in batch)
-    spread = [max(map(train.item_length, b)) - min(map(train.item_length, b)) for b in batches]
+    spread = [max(map(item_length, b)) - min(map(item_length, b)) for b in batches]
     assert sum(spread) / len(spread) <= 2
     assert length_batches(items, 8, random.Random(0)) == batches
     assert length_batches(items, 8, random.Random(1)) != batches
@@ -72,7 +73,8 @@ def test_keeps_the_weights_that_were_best_on_held_out_data():
     history = fit(model, learn, nll_loss, Schedule(lr=3e-3, epochs=4, batch_size=8), rng, "t", held)
     looks = [record["held_out"] for record in history if "held_out" in record]
     assert looks[0] < looks[-1]
-    assert train.mean_loss(model, held, nll_loss, 8) == pytest.approx(min(looks), abs=1e-5)
+    objective = train.Objective(model, nll_loss, train.targets, Schedule())
+    assert objective.mean(held, 8) == pytest.approx(min(looks), abs=1e-5)
 
 
 def test_a_loss_that_is_not_finite_stops_and_names_the_step():
@@ -104,14 +106,6 @@ def test_no_held_out_text_was_trained_on():
     for side in (0, 1):
         assert not {item[side] for item in learn} & {item[side] for item in held}
     assert train.pair_up([], [1, 2], random.Random(0)) == ([], [])
-
-
-def test_a_folder_with_a_run_is_refused(tmp_path):
-    claim_folder(tmp_path / "new", False)
-    (tmp_path / "new" / "config.json").write_text("{}")
-    with pytest.raises(InputError, match="another run"):
-        claim_folder(tmp_path / "new", False)
-    claim_folder(tmp_path / "new", True)
 
 
 def test_devices():

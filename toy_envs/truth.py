@@ -52,29 +52,24 @@ def read(world, rows):
                      every(world.golden), every(world.demo_logp))
 
 
-def write(world, policy, n, generator, label):
-    """Responses of a policy: n samples to each held-out prompt."""
-    ids = [world.tokenizer.encode(x) for x in world.test_prompts]
-    return read(world, world.sample(policy, ids, n, generator, label))
-
-
 class Truth:
     """One seed's judge: `rows` collects what each method achieves on the held-out prompts.
 
-    generator(label): the randomness of one writer's samples; `watching`: seconds spent in watch.
+    run: its bookkeeping; each writer's samples are a stage of it, with randomness of their own.
     """
 
-    def __init__(self, world, source, init, sft, n_candidates, device, generator):
-        self.world, self.source, self.device, self.generator = world, source, device, generator
-        self.sft, self.rows, self.watching = sft, [], 0.0
+    def __init__(self, world, source, init, sft, n_candidates, run):
+        self.world, self.source, self.run, self.sft, self.rows = world, source, run, sft, []
 
         def demonstrations(strip):      # cut and read as the policy's responses are
             return read(world, [[world.pair(x, strip(y))[1] for y in row]
                                 for x, row in zip(world.test_prompts, world.test_demos)])
         self.demo = demonstrations(str)
         self.unmarked = demonstrations(world.unmark) if world.unmark else self.demo
-        self.candidates = write(world, sft, n_candidates, generator("candidates"), "candidates")
-        self.rival = write(world, sft, SAMPLES, generator("rivals"), "rivals")  # not to pick from
+        self.candidates = self.write(
+            sft, n_candidates, "candidates", f"5 best-of-N: {n_candidates} candidates to each of "
+                                             f"{len(world.test_prompts)} held-out prompts")
+        self.rival = self.write(sft, SAMPLES, "rivals")     # not to pick from
         self.sft_logp = self.logp(sft, self.candidates.pairs).reshape(self.candidates.lengths.shape)
         self.init = self.add_policy("init", init)
         self.add_row("sft", self.candidates, logp=self.sft_logp, kl_from_sft=0.0,
@@ -82,9 +77,16 @@ class Truth:
         self.add_row("demo", self.demo, logp=self.demo.density,
                      forward_kl=None if self.demo.density is None else 0.0)
 
+    def write(self, policy, n, label, says=None):
+        """Responses of a policy: n samples to each held-out prompt."""
+        ids = [self.world.tokenizer.encode(x) for x in self.world.test_prompts]
+        return read(self.world, self.run.stage(
+            label if says else f"{label} samples", says,
+            lambda: self.world.sample(policy, ids, n, self.run.generator(label), label)))
+
     def logp(self, policy, pairs):
         """log pi(y|x) of each pair."""
-        return score(lambda batch: logp_seq(policy, batch), pairs, self.device)
+        return score(lambda batch: logp_seq(policy, batch), pairs, self.run.device)
 
     def forward_kl(self, policy, every=1):
         """E_beta[log d_beta - log pi] over held-out demonstrations without their marks, one in
@@ -105,7 +107,7 @@ class Truth:
                 record[name] = sum(function(*text) for text in texts) / len(texts)
         if self.world.demo_logp:
             record["forward_kl"] = self.forward_kl(policy, every=16)
-        self.watching += time.perf_counter() - start
+        self.run.watching += time.perf_counter() - start
         return record
 
     def add_row(self, method, responses, weights=None, logp=None, **columns):
@@ -136,11 +138,11 @@ class Truth:
     def add_policy(self, method, policy, reward=None, seconds=None, **columns):
         """A row of a policy from fresh samples; reward: the proxy it was optimised for, if any."""
         label = " ".join([method, *(str(value) for value in columns.values())])
-        responses = write(self.world, policy, SAMPLES, self.generator(label), method)
+        responses = self.write(policy, SAMPLES, label)
         logp = self.logp(policy, responses.pairs)
         proxy = None
         if reward is not None:
-            proxy = float(score(reward, responses.pairs, self.device).mean())
+            proxy = float(score(reward, responses.pairs, self.run.device).mean())
         self.add_row(method, responses, logp=logp.reshape(responses.lengths.shape),
                      proxy_mean=proxy,
                      kl_from_sft=float((logp - self.logp(self.sft, responses.pairs)).mean()),
