@@ -3,6 +3,7 @@
     python train.py pretrain --corpus FILE --out DIR                    pi_0
     python train.py sft      --demos FILE --init DIR --out DIR          pi_SFT
     python train.py reward   --positives FILE --negatives FILE --init DIR --out DIR
+    python train.py data FILE                                           what is understood of it
 
 A pair is (prompt ids, response ids): the response ends with EOS if it is finished. Pretraining
 reads a document as a response to the empty prompt. Only response tokens that the policy can write
@@ -27,7 +28,7 @@ from model import (GPT, GPTConfig, InputError, bpe_tokenizer, claim_folder, coll
                    encode_documents, encode_pair, load_pretrained, logp_token, save_pretrained,
                    write_aside)
 from reward import HEADS, RewardModel, at_the_end, bradley_terry_loss, implicit_reward
-from toy_envs.worlds import read_examples, read_texts
+from toy_envs.files import describe, read_examples, read_texts
 
 
 # ---- settings and flags -------------------------------------------------------------------------
@@ -326,6 +327,7 @@ def side_by_side(function, jobs, device):
 class Settings:
     """Train one stage: files in, a checkpoint folder out.
 
+    python train.py data FILE                           (prints what is understood of it)
     python train.py pretrain --corpus TEXT --out pi_0
     python train.py sft --demos DEMOS.jsonl --init pi_0 --out pi_sft
     python train.py reward --positives SFT.jsonl --negatives INIT.jsonl --init pi_0 --out reward
@@ -343,7 +345,8 @@ class Settings:
     epochs: float = setting(1.0, "passes over the data")
     batch_size: int = setting(16, "items per step")
     head: str = setting("sum", "reward: the reward head", choices=list(HEADS))
-    max_response: int = setting(64, "sft, reward: longest response in tokens; longer ones are cut")
+    max_prompt: int = setting(192, "data: longest prompt in tokens; longer ones keep their end")
+    max_response: int = setting(64, "data, sft, reward: longest response, tokens; longer ones are cut")
     n_positions: int = setting(256, "pretrain: longest sequence in tokens")
     n_embd: int = setting(64, "pretrain: width")
     n_layer: int = setting(2, "pretrain: layers")
@@ -352,16 +355,16 @@ class Settings:
 
 
 def read_pairs(path, tokenizer, n_positions, max_response):
-    """Token pairs of a file of examples; prompts that do not fit are left out with a note."""
-    examples, left_out = read_examples(path)
-    pairs = [encode_pair(tokenizer, e.prompt, e.response, n_positions - max_response, max_response)
-             for e in examples]
-    kept = [pair for pair in pairs if pair]
-    if not kept:
-        raise InputError(f"{path}: no prompt fits {n_positions - max_response} tokens")
-    if left_out or len(kept) < len(pairs):
-        print(f"{path}: {left_out} unusable, {len(pairs) - len(kept)} too long: left out")
-    return kept
+    """Token pairs of a file of examples; a prompt that does not fit keeps its end, with a note."""
+    (examples, left_out), max_prompt = read_examples(path), n_positions - max_response
+    if max_prompt < 1:
+        raise InputError(f"--max-response {max_response} leaves no prompt in {n_positions} tokens")
+    cut = sum(len(tokenizer.encode(e.prompt)) > max_prompt for e in examples)
+    if left_out or cut:
+        print(f"{path}: {left_out} unusable left out, {cut} prompts cut to their last "
+              f"{max_prompt} tokens")
+    return [encode_pair(tokenizer, e.prompt, e.response, max_prompt, max_response)
+            for e in examples]
 
 
 def check_model(n_embd, n_head, vocab_size):
@@ -426,11 +429,15 @@ def save_reward(folder, reward, tokenizer):
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     stages = ("pretrain", "sft", "reward")
+    if len(argv) > 1 and argv[0] == "data" and not argv[1].startswith("-"):
+        s = parse_settings(Settings, argv[2:])
+        check_model(s.n_embd, s.n_head, s.vocab_size)
+        return print(describe(argv[1], s))
     if argv and argv[0] in stages:
         return run_stage(argv[0], parse_settings(Settings, argv[1:]))
     if {"-h", "--help"} & set(argv):
         return parse_settings(Settings, ["--help"])
-    raise InputError(f"name a stage first: {', '.join(stages)} (--help lists the flags)")
+    raise InputError(f"name a stage first: data FILE, {', '.join(stages)} (--help lists the flags)")
 
 
 if __name__ == "__main__":
