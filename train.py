@@ -346,7 +346,7 @@ class Settings:
     batch_size: int = setting(16, "items per step")
     head: str = setting("sum", "reward: the reward head", choices=list(HEADS))
     max_prompt: int = setting(192, "data: longest prompt in tokens; longer ones keep their end")
-    max_response: int = setting(64, "data, sft, reward: longest response, tokens; longer ones are cut")
+    max_response: int = setting(64, "data, sft, reward: longest response, tokens; rest is cut")
     n_positions: int = setting(256, "pretrain: longest sequence in tokens")
     n_embd: int = setting(64, "pretrain: width")
     n_layer: int = setting(2, "pretrain: layers")

@@ -49,7 +49,8 @@ FORMS = [
      " x\n\nAssistant: y", None),       # what a turn says does not end it
     ({"prompt": turns("a", "b", "c"), "completion": LAST}, "prompt/completion", DIALOGUE, " yes",
      None),
-    ({"prompt": turns("a", "b", "c"), "response": "yes"}, "prompt/response", DIALOGUE, " yes", None),
+    ({"prompt": turns("a", "b", "c"), "response": "yes"}, "prompt/response", DIALOGUE, " yes",
+     None),
     (CHOSEN, "chosen/rejected", DIALOGUE, " yes", " no"),
     ({"prompt": "why?", "chosen": "yes", "rejected": "no"}, "prompt/chosen/rejected", "why?\n",
      "yes", "no"),
@@ -59,8 +60,11 @@ FORMS = [
      "prompt/chosen/rejected messages", "\n\nHuman: c\n\nAssistant:", " yes", " no"),
     ({"prompt": turns("a", "b", "c"), "chosen": LAST, "rejected": turns("a", "b", "c", "no")},
      "prompt/chosen/rejected messages", DIALOGUE, " yes", " no"),
-    ({"prompt": turns(system="Be kind."), "chosen": turns("a", "yes"), "rejected": turns("a", "no")},
+    ({"prompt": turns(system="Be kind."), "chosen": turns("a", "yes"),
+      "rejected": turns("a", "no")},
      "prompt/chosen/rejected messages", "\n\nBe kind.\n\nHuman: a\n\nAssistant:", " yes", " no"),
+    ({"prompt": "c", "completion": turns("c", "b", "c", "yes")[1:]}, "prompt/completion",
+     DIALOGUE.replace("Human: a", "Human: c"), " yes", None),     # it begins with an answer
     ({"text": "a tale"}, "text", "", "a tale", None),
 ]
 
@@ -168,7 +172,7 @@ def test_what_is_not_read_does_not_matter(tmp_path):
 
 @pytest.mark.parametrize("text, line", [("[", 1), ("[1\n", 1), ('[{"text": "x"}\n\n{}]', 3),
                                         ('[{"text": "x"}]\n,', 1), ('[{"text": "x"},\n]', 2),
-                                        ('\n[{"text":\n"x"}\n,\n{"text"\n}]', 6)])
+                                        ('\n[{"text":\n"x"}\n,\n{"text"\n}]', 5)])
 def test_a_broken_array_is_named(tmp_path, text, line):
     with pytest.raises(InputError, match=rf"a\.json:{line}: not (JSON|a JSON object)"):
         read_texts(write(tmp_path / "a.json", text))
@@ -205,7 +209,8 @@ def outcome(path):
         return
     assert examples and left_out >= 0
     for e in examples:
-        assert e.prompt.strip() and e.response.strip() and (e.rejected is None or e.rejected.strip())
+        assert e.prompt.strip() and e.response.strip()
+        assert e.rejected is None or e.rejected.strip()
         assert e.prompt.endswith(("\n", "\n\nAssistant:")) and (e.prompt + e.response).encode()
 
 
@@ -289,7 +294,7 @@ def test_data_says_what_was_understood(tmp_path, capsys):
     empty = {**CHOSEN, "chosen": CHOSEN["chosen"][:-4]}
     rows = [{"prompt": "why\x1b?", "response": "é[1]"}, {"prompt": "x" * 20, "response": "y" * 8},
             CHOSEN, empty]
-    data(write(tmp_path / "a.jsonl", *rows), "--vocab-size", "258", "--max-prompt", "12",
+    data(write(tmp_path / "a.jsonl", *rows), "--vocab-size", "258", "--max-prompt", "21",
          "--max-response", "8")
     said = capsys.readouterr().out
     assert f"{tmp_path}/a.jsonl: 4 records, 3 of use" in said
@@ -297,7 +302,7 @@ def test_data_says_what_was_understood(tmp_path, capsys):
         ("2", "prompt/response"), ("2", "chosen/rejected"), ("1", "left out: an empty last turn")]
     table = {line.split()[0]: line.split()[1:] for line in said.splitlines() if "99%" not in line
              and line.split()[0] in ("prompt", "response", "rejected")}
-    assert table == {"prompt": ["6", "21", "46", "46", "46", "2"],
+    assert table == {"prompt": ["6", "21", "46", "46", "46", "1"],
                      "response": ["5", "6", "9", "9", "9", "1"],
                      "rejected": ["4", "4", "4", "4", "4", "0"]}
     assert said.endswith("       | why\\x1b?\n       | \n  loss | é[1]\n"

@@ -27,8 +27,7 @@ from pathlib import Path
 
 import numpy as np
 
-from model import (InputError, bpe_tokenizer, collate, encode_documents, encode_pair,
-                   load_pretrained)
+from model import InputError, bpe_tokenizer, collate, encode_pair, load_pretrained
 
 TURN = "\n\nAssistant:"     # HH-RLHF's dialogue strings: the response follows the last one
 ROLES = {"system": "\n\n", "user": "\n\nHuman: ", "assistant": TURN + " "}
@@ -80,18 +79,19 @@ def unique_keys(pairs):
 DECODER = json.JSONDecoder(parse_int=float, object_pairs_hook=unique_keys)
 
 
-def decode(parse, path, first, text, *start):
-    """parse(text, *start), a method of DECODER, of text that begins on line `first` of the file."""
+def decode(parse, where, *text):
+    """parse(*text), a method of DECODER. Raises InputError starting with `where` (file:line)."""
     try:
-        return parse(text, *start)
+        return parse(*text)
     except (ValueError, RecursionError) as error:
-        line = getattr(error, "lineno", 1 + text.count("\n", 0, *start or (0,)))
-        reason = getattr(error, "msg", error)
-        raise InputError(f"{path}:{first + line - 1}: not JSON ({reason})") from error
+        raise InputError(f"{where}: not JSON ({getattr(error, 'msg', error)})") from error
 
 
 def array_items(path, text):
-    """(line number, value) of each element of the JSON array that text holds. Raises InputError."""
+    """(its first line's number, value) of each element of the JSON array in text, a whole file's.
+
+    Raises InputError.
+    """
     blank, end, counted, line, mark = re.compile(r"\s*"), text.index("["), 0, 1, "["
     while text.startswith(mark, end):
         start = blank.match(text, end + 1).end()
@@ -99,7 +99,7 @@ def array_items(path, text):
         if mark == "[" and text.startswith("]", start):
             end = start
             break
-        value, end = decode(DECODER.raw_decode, path, 1, text, start)
+        value, end = decode(DECODER.raw_decode, f"{path}:{line}", text, start)
         yield line, value
         end, mark = blank.match(text, end).end(), ","
     if text[end:].rstrip() != "]":
@@ -115,7 +115,7 @@ def read_json_lines(path):
         at = {first: text, **dict(lines)}
         items = array_items(path, "\n".join(at.get(i, "") for i in range(1, max(at) + 1)))
     else:
-        items = ((number, decode(DECODER.decode, path, number, text))
+        items = ((number, decode(DECODER.decode, f"{path}:{number}", text))
                  for number, text in chain([(first, text)], lines))
     for number, record in items:
         if not isinstance(record, dict):
@@ -135,8 +135,7 @@ def text_field(record, key, where, may_be_empty=False):
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise InputError(f"{where}: the field {key!r} holds half a surrogate pair: no text"
-                         ) from error
+        raise InputError(f"{where}: half a surrogate pair in the field {key!r}") from error
     return value
 
 
@@ -297,13 +296,9 @@ def describe(path, s):
     if min(max_prompt, max_response) < 1:
         raise InputError(f"no room for {max_prompt} tokens of prompt, {max_response} of response")
     prompt, response = examples[0].prompt, examples[0].response
-    if prompt:
-        pair = encode_pair(tokenizer, prompt, response, max_prompt, max_response)
-        cut = (f"prompts to their last {max_prompt} tokens, answers to their first {max_response}, "
-               "without EOS")
-    else:
-        max_response = s.max_prompt + s.max_response
-        pair = encode_documents(tokenizer, [response], max_response)[0]
+    cut = f"prompts to their last {max_prompt} tokens, answers to their first {max_response}"
+    if not prompt:
+        max_response += max_prompt
         cut = f"into pieces of at most {max_response} tokens"
     return "\n".join([
         f"{path}: {forms.total():,} records, {len(examples):,} of use",
@@ -312,7 +307,7 @@ def describe(path, s):
         f"lengths in tokens ({len(tokenizer):,} kinds, {s.init or 'a BPE of it'}), with EOS:",
         *length_table(tokenizer, examples, max_prompt, max_response), f"cut: {cut}",
         "the first example as the learner sees it, what bears loss marked:",
-        *show_pair(tokenizer, pair)])
+        *show_pair(tokenizer, encode_pair(tokenizer, prompt, response, max_prompt, max_response))])
 
 
 def length_table(tokenizer, examples, max_prompt, max_response):
