@@ -296,7 +296,8 @@ def describe(path, s):
     if min(max_prompt, max_response) < 1:
         raise InputError(f"no room for {max_prompt} tokens of prompt, {max_response} of response")
     prompt, response = examples[0].prompt, examples[0].response
-    cut = f"prompts to their last {max_prompt} tokens, answers to their first {max_response}"
+    cut = (f"prompts to their last {max_prompt} tokens, answers to their first {max_response}, "
+           "which then have no EOS")
     if not prompt:
         max_response += max_prompt
         cut = f"into pieces of at most {max_response} tokens"
