@@ -91,7 +91,7 @@ class Settings:
     n_layer: int = setting(2, "its layers")
     n_head: int = setting(4, "its attention heads")
     vocab_size: int = setting(2048, "with --demos: size of the byte-level BPE vocabulary")
-    max_prompt: int = setting(192, "with --demos: longest prompt, tokens; longer ones are skipped")
+    max_prompt: int = setting(192, "with --demos: longest prompt, tokens; longer ones: their end")
     max_response: int = setting(64, "with --demos: longest response, tokens; longer ones are cut")
     pretrain_epochs: float = setting(0.0, "passes over the corpus (0: 1, or 4 with --demos)")
     sft_epochs: float = setting(2.0, "passes over the demonstrations")

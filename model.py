@@ -313,6 +313,12 @@ class Tokenizer:
     def encode(self, text):
         return self.backend.encode(text, add_special_tokens=False).ids
 
+    def tail(self, text, n):
+        """The end of a text: as much of it as n tokens hold, from a token's beginning on."""
+        while len(found := self.backend.encode(text, add_special_tokens=False)) > n:
+            text = text[max(1, found.offsets[-n][0]):]      # read anew, it may be a token longer
+        return text
+
     def decode(self, ids):
         return self.backend.decode(list(ids), skip_special_tokens=True)
 
@@ -338,12 +344,12 @@ def bpe_tokenizer(texts, vocab_size):
 
 
 def encode_pair(tokenizer, prompt, response, max_prompt, max_response):
-    """(prompt ids, response ids + EOS), or None for a prompt longer than max_prompt.
+    """(prompt ids, response ids + EOS). A prompt longer than max_prompt tokens keeps its end.
 
     A response longer than max_response is cut there and then has no EOS: it is not finished.
     """
-    prompt, response = tokenizer.encode(prompt), tokenizer.encode(response) + [tokenizer.eos]
-    return None if len(prompt) > max_prompt else (prompt, response[:max_response])
+    response = tokenizer.encode(response) + [tokenizer.eos]
+    return tokenizer.encode(tokenizer.tail(prompt, max_prompt)), response[:max_response]
 
 
 def encode_documents(tokenizer, texts, n_positions):

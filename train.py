@@ -4,6 +4,7 @@
     python train.py sft      --demos FILE --init DIR --out DIR          pi_SFT
     python train.py sample   --prompts FILE --init DIR --out FILE       y ~ pi
     python train.py reward   --positives FILE --negatives FILE --init DIR --out DIR
+    python train.py data FILE                                           what is understood of it
 
 A pair is (prompt ids, response ids): the response ends with EOS if it is finished. Pretraining
 reads a document as a response to the empty prompt. Only response tokens that the policy can write
@@ -31,9 +32,9 @@ from model import (GPT, GPTConfig, InputError, bpe_tokenizer, collate, encode_do
 from reward import HEADS, RewardModel, at_the_end, bradley_terry_loss, implicit_reward
 from toy_envs.batches import (Objective, from_all, length_batches, micro_batches, processes,
                               rank_and_count)
+from toy_envs.files import describe, read_examples, read_prompts, read_texts
 from toy_envs.runs import (choose_device, claimed, keep, kept, parse_settings, provenance,
                            run_script, setting, side_by_side)
-from toy_envs.worlds import read_examples, read_prompts, read_texts
 
 SNAPSHOT_SECONDS = 20.0     # how much of a training loop's work a kill may cost
 
@@ -290,6 +291,7 @@ STAGES = {"pretrain": ["corpus"], "sft": ["demos", "init"],       # and what eac
 class Settings(Schedule):
     """Train one stage: files in, a checkpoint folder out.
 
+    python train.py data FILE                           (prints what is understood of it)
     python train.py pretrain --corpus TEXT --out pi_0
     python train.py sft --demos DEMOS.jsonl --init pi_0 --out pi_sft
     python train.py sample --prompts PROMPTS.txt --init pi_sft --out SFT.jsonl
@@ -309,7 +311,8 @@ class Settings(Schedule):
     seed: int = setting(0, "random seed")
     device: str = setting("auto", "auto, cpu, cuda or mps")
     head: str = setting("sum", "reward: the reward head", choices=list(HEADS))
-    max_response: int = setting(64, "sft, reward: longest response in tokens; longer ones are cut")
+    max_prompt: int = setting(192, "data: longest prompt in tokens; longer ones keep their end")
+    max_response: int = setting(64, "data, sft, reward: longest response, tokens; rest is cut")
     n_positions: int = setting(256, "pretrain: longest sequence in tokens")
     n_embd: int = setting(64, "pretrain: width")
     n_layer: int = setting(2, "pretrain: layers")
@@ -318,16 +321,16 @@ class Settings(Schedule):
 
 
 def read_pairs(path, tokenizer, n_positions, max_response):
-    """Token pairs of a file of examples; prompts that do not fit are left out with a note."""
-    examples, left_out = read_examples(path)
-    pairs = [encode_pair(tokenizer, e.prompt, e.response, n_positions - max_response, max_response)
-             for e in examples]
-    kept = [pair for pair in pairs if pair]
-    if not kept:
-        raise InputError(f"{path}: no prompt fits {n_positions - max_response} tokens")
-    if left_out or len(kept) < len(pairs):
-        print(f"{path}: {left_out} unusable, {len(pairs) - len(kept)} too long: left out")
-    return kept
+    """Token pairs of a file of examples; a prompt that does not fit keeps its end, with a note."""
+    (examples, left_out), max_prompt = read_examples(path), n_positions - max_response
+    if max_prompt < 1:
+        raise InputError(f"--max-response {max_response} leaves no prompt in {n_positions} tokens")
+    cut = sum(len(tokenizer.encode(e.prompt)) > max_prompt for e in examples)
+    if left_out or cut:
+        print(f"{path}: {left_out} unusable left out, {cut} prompts cut to their last "
+              f"{max_prompt} tokens")
+    return [encode_pair(tokenizer, e.prompt, e.response, max_prompt, max_response)
+            for e in examples]
 
 
 def check_model(n_embd, n_head, vocab_size):
@@ -360,11 +363,10 @@ def sample(s, device):
         raise InputError(f"{out} is there already: choose another --out, or --overwrite it")
     model, tokenizer, _ = load_pretrained(s.init)
     model, room = model.to(device), model.config.n_positions - s.max_response
-    texts = [(x, tokenizer.encode(x)) for x in read_prompts(s.prompts)]
-    fitting = [(x, ids) for x, ids in texts if 0 < len(ids) <= room]
-    if not fitting:
-        raise InputError(f"{s.prompts}: no prompt fits {room} tokens")
-    chunks = [fitting[i:i + 32] for i in range(0, len(fitting), 32)]
+    if room < 1:
+        raise InputError(f"--max-response {s.max_response} leaves no room for a prompt")
+    prompts = [(x, tokenizer.encode(tokenizer.tail(x, room))) for x in read_prompts(s.prompts)]
+    chunks = [prompts[i:i + 32] for i in range(0, len(prompts), 32)]
 
     def draw(number):
         seed = random.Random(f"{s.seed} {number}").getrandbits(62)
@@ -373,14 +375,13 @@ def sample(s, device):
                                 torch.Generator(device).manual_seed(seed))
     parts = from_all([draw(number) for number in range(rank, len(chunks), count)])
     drawn = [row for number in range(len(chunks)) for row in parts[number % count][number // count]]
-    rows = [{"prompt": x, "response": tokenizer.decode(y)} for (x, _), ys in zip(fitting, drawn)
+    rows = [{"prompt": x, "response": tokenizer.decode(y)} for (x, _), ys in zip(prompts, drawn)
             for y in ys]
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows if row["response"].strip()]
     if rank == 0:
         out.parent.mkdir(parents=True, exist_ok=True)
         write_aside(out, lambda part: part.write_text("".join(lines), encoding="utf-8"))
-    print(f"sample: {len(lines)} responses; left out: {len(rows) - len(lines)} empty ones, "
-          f"{len(texts) - len(fitting)} prompts of more than {room} tokens; {out}")
+    print(f"sample: {len(lines)} responses, {len(rows) - len(lines)} empty ones left out; {out}")
 
 
 def run_stage(stage, s, device):
@@ -425,6 +426,10 @@ def save_reward(folder, reward, tokenizer):
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
+    if len(argv) > 1 and argv[0] == "data" and not argv[1].startswith("-"):
+        s = parse_settings(Settings, argv[2:])
+        check_model(s.n_embd, s.n_head, s.vocab_size)
+        return print(describe(argv[1], s))
     if argv and argv[0] in STAGES:
         s = parse_settings(Settings, argv[1:])
         check(argv[0], s)
@@ -433,7 +438,7 @@ def main(argv=None):
             return sample(s, device) if argv[0] == "sample" else run_stage(argv[0], s, device)
     if {"-h", "--help"} & set(argv):
         return parse_settings(Settings, ["--help"])
-    raise InputError(f"name a stage first: {', '.join(STAGES)} (--help lists the flags)")
+    raise InputError(f"name a stage first: data FILE, {', '.join(STAGES)} (--help lists the flags)")
 
 
 if __name__ == "__main__":

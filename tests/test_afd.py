@@ -178,7 +178,7 @@ def test_one_s_own_data(tmp_path, capsys):
             "--vocab-size", "300", "--max-prompt", "40", "--max-response", "8",
             "--policy-steps", "2", "--methods", "all"]
     results = afd.main([*argv, "--out", str(tmp_path / "o")])
-    assert "1 prompts longer than 40 tokens skipped" in capsys.readouterr().out
+    assert "1 prompts longer than 40 tokens keep only their end" in capsys.readouterr().out
     assert all(r["gold_mean"] is None for r in results["rows"]) and results["summary"] is None
     for record in results["reward_models"]:
         assert 0 <= record["human_agreement"] <= 1 and record["human_pairs"] == 12
@@ -235,7 +235,7 @@ BAD = [["--heterogeneity", "1.5"], ["--heterogeneity", "nan"], ["--task", "usele
        ["--seeds", "0"], ["--n-candidates", "3"], ["--n-head", "5"], ["--vocab-size", "-1"],
        ["--sft-epochs", "nan"], ["--device", "cpu:x"], ["--gold", "x.py:f"],
        ["--demos", "gone.jsonl"], ["--device", "tpu"],
-       ["--demos", "one.jsonl"], ["--demos", "long.jsonl", "--max-prompt", "4"],
+       ["--demos", "one.jsonl"], ["--demos", "long.jsonl", "--max-prompt", "1"],
        ["--demos", "ok.jsonl", "--gold", "gone.py:f"],
        ["--demos", "ok.jsonl", "--gold", "bad.py:f"],
        ["--demos", "ok.jsonl", "--corpus", "gone.txt"],

@@ -214,9 +214,6 @@ def test_command_line(capsys):
 # ---- links, commands, numbers --------------------------------------------------------------------
 
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *LESSONS.glob("*.md")])
-# Commands that are being built: stages of train.py and flags that --help does not know yet. Once
-# they are there this must be emptied, as test_coming_is_not_there_yet then says.
-COMING = {"stages": {"data"}, "flags": set()}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -247,7 +244,7 @@ def settings_of(script):
     return getattr(importlib.import_module(module), "Settings", None)
 
 
-def refuse(command, coming=COMING):
+def refuse(command):
     """Why this command would not start, or None. Nothing is run."""
     words = command[2:] if command[1] == "-m" else command[1:]
     script, flags = words[0], words[1:]
@@ -259,8 +256,6 @@ def refuse(command, coming=COMING):
         return next((f"{script} has no flag {flag}" for flag in flags if flag[0] == "-"), None)
     if script == "train.py" and flags and flags[0][0] != "-":
         files = [word for word in flags[1:2] if word[0] != "-"]
-        if flags[0] in coming["stages"]:
-            return None
         with pytest.raises(InputError) as said:     # for a flag that is missing, or a file
             train.main([flags[0], *files])
         if re.search("name a stage|unrecognized", str(said.value)):
@@ -269,7 +264,7 @@ def refuse(command, coming=COMING):
     if flags and flags[-1] == "--demos":            # the README speaks of `python afd.py --demos`
         flags = [*flags, "FILE"]
     try:
-        train.parse_settings(settings_of(script), [f for f in flags if f not in coming["flags"]])
+        train.parse_settings(settings_of(script), flags)
     except InputError as error:
         return str(error)
     return None
@@ -280,15 +275,6 @@ def test_commands_are_known(page):
     for command in commands(page.read_text(encoding="utf-8")):
         if len(command) > 1:
             assert refuse(command) is None, f"{page.name}: {' '.join(command)}"
-
-
-def test_coming_is_not_there_yet():
-    """What has been built since must be checked like all else: take it out of COMING."""
-    nothing = {"stages": set(), "flags": set()}
-    for stage in COMING["stages"]:
-        assert refuse(["python", "train.py", stage, "FILE"], nothing), f"empty COMING of {stage}"
-    for flag in COMING["flags"]:
-        assert refuse(["python", "afd.py", flag], nothing), f"empty COMING of {flag}"
 
 
 @pytest.mark.parametrize("command", [

@@ -485,7 +485,7 @@ def test_a_tokenizer_needs_eos():
 
 def test_encode_pair():
     """A failure means that a finished response has no EOS, a cut one has, or a prompt that does
-    not fit is kept."""
+    not fit loses its end."""
     def pair(response, max_prompt=2, max_response=3):
         return encode_pair(WORDS, "the cat", response, max_prompt, max_response)
 
@@ -493,7 +493,18 @@ def test_encode_pair():
     assert pair("sat . the") == ([3, 4], [5, 6, 3])
     assert pair("sat . the cat") == ([3, 4], [5, 6, 3])
     assert pair("") == ([3, 4], [WORDS.eos])
-    assert pair("sat", max_prompt=1) is None
+    assert pair("sat", max_prompt=1) == ([4], [5, WORDS.eos])
+
+
+@given(st.text(max_size=30), st.integers(1, 12))
+@settings(deadline=None, max_examples=60, derandomize=True)
+def test_a_tail_is_an_end_that_fits(text, n):
+    """A failure means that a cut prompt does not fit, is no end of the prompt, or that more of it
+    than a character and a token would have fitted."""
+    tail = BPE.tail(text, n)
+    assert text.endswith(tail) and len(BPE.encode(tail)) <= n
+    assert tail == text or len(BPE.encode(text[-len(tail) - 3:])) >= min(n, 3)
+    assert BPE.tail(tail, n) == tail
 
 
 def test_encode_documents_covers_all_tokens():

@@ -70,7 +70,7 @@ def test_commands_parse():
         if script == "afd.py":
             train.parse_settings(afd.Settings, flags)
         elif script == "train.py":
-            train.parse_settings(train.Settings, flags[1:])
+            train.parse_settings(train.Settings, flags[2 if flags[0] == "data" else 1:])
         seen += 1
     assert seen >= 6
     for module in re.findall(r"python -m (toy_envs\.\w+)", README):

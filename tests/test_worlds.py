@@ -1,99 +1,51 @@
-"""Reading one's own data: every accepted form, and one clear line for whatever is amiss."""
+"""Worlds from one's own files: what is held out, what is cut, and the user's golden reward."""
 
-import gzip
 import json
+from types import SimpleNamespace
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from model import InputError
-from toy_envs.worlds import (load_golden, read_examples, read_lines, read_prompts, read_texts,
-                             split_dialogue)
-
-GOOD = {"prompt": "why?", "response": "because"}
-CHOSEN = {"chosen": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: yes",
-          "rejected": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: no"}
+from toy_envs.worlds import file_world, load_golden
 
 
-def write(path, *records):
-    path.write_text("".join(r if isinstance(r, str) else json.dumps(r) + "\n" for r in records))
-    return path
+def world_of(path, *rows, **more):
+    """The world of a file with these records, with a budget of 12 tokens a prompt."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file_world(SimpleNamespace(**{**dict(
+        demos=str(path), corpus=None, prompts=None, gold=None, n_demos=99, n_prompts=9,
+        vocab_size=258, max_prompt=12, max_response=8), **more}), 0)
 
 
-def test_prompt_and_response(tmp_path):
-    (example,), left_out = read_examples(write(tmp_path / "a.jsonl", GOOD, "\n", ""))
-    assert (example.prompt, example.response, example.rejected) == ("why?\n", "because", None)
-    assert left_out == 0
+def test_long_prompts_are_cut_wherever_they_go(tmp_path):
+    """A prompt that outgrows the budget would stop the run at the first sample of it."""
+    (tmp_path / "p.txt").write_text("more " * 9 + "\n")
+    rows = [{"prompt": f"{'é' * (3 * i)} number {i}", "response": "yes"} for i in range(10)]
+    world = world_of(tmp_path / "d.jsonl", *rows, prompts=str(tmp_path / "p.txt"))
+    prompts = [*world.train_prompts, *world.test_prompts, *(x for x, _ in world.demos)]
+    assert all(len(world.tokenizer.encode(x)) <= 12 for x in prompts) and len(prompts) == 19
+    assert all(x.endswith(f"number {i}\n") for i, x in enumerate(sorted(
+        {x for x in prompts if "number" in x}, key=lambda x: x[-3:])))
+    assert "10 prompts longer than 12 tokens keep only their end" in world.notes
+    assert world.pair("x" * 99 + " why?\n", "y")[0] == world.tokenizer.encode("xxxxxx why?\n")
 
 
-def test_dialogues_are_split_at_the_last_turn(tmp_path):
-    """Otherwise the reward model would be trained on what the human said."""
-    empty = {**CHOSEN, "chosen": CHOSEN["chosen"][:-4]}
-    parted = {**CHOSEN, "rejected": "\n\nHuman: other\n\nAssistant: no"}
-    path = tmp_path / "a.jsonl.gz"
-    path.write_bytes(gzip.compress("".join(json.dumps(r) + "\n" for r in (CHOSEN, empty, parted))
-                                   .encode()))
-    (example,), left_out = read_examples(path)
-    assert example.prompt.endswith("\n\nHuman: c\n\nAssistant:")
-    assert (example.response, example.rejected, left_out) == (" yes", " no", 2)
+def test_prompts_that_are_the_same_once_cut_stay_on_one_side(tmp_path):
+    """Otherwise the evaluation asks what was trained on."""
+    rows = [{"prompt": f"{i:04} is the number" * (i % 2) + f"is the number {i // 2}",
+             "response": f"yes {i}"} for i in range(40)]
+    world = world_of(tmp_path / "d.jsonl", *rows)
+    assert not set(world.train_prompts) & set(world.test_prompts)
+    assert not {x for x, _ in world.demos} & set(world.test_prompts)
+    assert any("cut, a held-out prompt" in note for note in world.notes)
+    with pytest.raises(InputError, match="every prompt to train on is also a held-out one"):
+        world_of(tmp_path / "e.jsonl", *rows, max_prompt=1)
 
 
-def test_texts_and_prompts(tmp_path):
-    (tmp_path / "a.txt").write_text("one\ntwo\n\n\nthree\n")
-    assert read_texts(tmp_path / "a.txt") == ["one\ntwo", "three"]
-    assert read_texts(write(tmp_path / "a.jsonl", {"text": "x"})) == ["x"]
-    assert read_prompts(tmp_path / "a.txt") == ["one\n", "two\n", "three\n"]
-    assert read_prompts(write(tmp_path / "p.jsonl", {"prompt": "x\n\nAssistant:"})) == [
-        "x\n\nAssistant:"]
-
-
-@pytest.mark.parametrize("bad, message", [
-    ("not json\n", ":2: not JSON"), ("[1]\n", ":2: not a JSON object"),
-    ({"prompt": "x"}, ":2: the field 'response' is missing"),
-    ({"prompt": "x", "response": 3}, ":2: the field 'response' is missing or not a string"),
-    ({"prompt": " ", "response": "y"}, ":2: the field 'prompt' is empty"),
-    ({"prompt": "x", "response": ""}, ":2: the field 'response' is empty"),
-    ({"chosen": "x"}, ":2: a dialogue needs"),
-    ({**CHOSEN, "rejected": 1}, ":2: the field 'rejected'"),
-])
-def test_a_bad_line_is_named(tmp_path, bad, message):
-    path = write(tmp_path / "d.jsonl", GOOD, bad)
-    with pytest.raises(InputError) as error:
-        read_examples(path)
-    assert f"{path}{message}" in str(error.value) and "\n" not in str(error.value)
-
-
-def test_bad_files_are_named(tmp_path):
-    (tmp_path / "empty.jsonl").write_text("\n \n")
-    (tmp_path / "latin.jsonl").write_bytes(b'{"prompt": "x", "response": "y"}\n"caf\xe9"\n')
-    (tmp_path / "no.jsonl.gz").write_bytes(b"plain text")
-    (tmp_path / "torn.jsonl.gz").write_bytes(gzip.compress(b"x" * 10000)[:-9])
-    for name, message in (("gone.jsonl", "cannot be read"), ("empty.jsonl", "the file is empty"),
-                          ("latin.jsonl", ":2: not UTF-8"), ("no.jsonl.gz", "cannot be read"),
-                          ("torn.jsonl.gz", ":1: the gzip file ends too early"),
-                          ("", "cannot be read")):
-        with pytest.raises(InputError) as error:
-            read_examples(tmp_path / name)
-        assert message in str(error.value) and "\n" not in str(error.value)
-
-
-@given(st.binary(max_size=200))
-@settings(deadline=None, max_examples=100,
-          suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_bytes_give_lines_or_one_error(tmp_path, data):
-    (tmp_path / "x.jsonl").write_bytes(data)
-    try:
-        assert all(text.strip() for _, text in read_lines(tmp_path / "x.jsonl"))
-        read_examples(tmp_path / "x.jsonl")
-    except InputError as error:
-        assert "\n" not in str(error)
-
-
-def test_a_dialogue_needs_a_prompt():
-    for text in ("\n\nAssistant: hello", "hello"):
-        with pytest.raises(InputError):
-            split_dialogue(text, "here")
+def test_one_prompt_cannot_be_held_out(tmp_path):
+    rows = [{"prompt": "why?", "response": f"{i}"} for i in range(9)]
+    with pytest.raises(InputError, match="one prompt is too few"):
+        world_of(tmp_path / "d.jsonl", *rows)
 
 
 def test_golden_functions(tmp_path):

@@ -17,9 +17,9 @@ import torch
 
 from divergences import (DIVERGENCES, FORWARD_KL, TOTAL_VARIATION, f_divergence, fairl_reward,
                          forward_kl, policy_surrogate)
-from model import claim_folder, require
+from model import require
 from toy_envs.figures import COLORS, pyplot, write_world
-from train import parse_settings, run_script, setting
+from toy_envs.runs import make_folder, parse_settings, run_script, setting
 
 
 @dataclass
@@ -247,7 +247,7 @@ def draw(x, log_beta, fits, tracks):
 
 def main(s):
     check(s)
-    out = claim_folder(s.out, overwrite=True)
+    out = make_folder(s.out)
     x, log_beta = demonstrator(s)
     fits = fit_all(s, x, log_beta)
     start = torch.tensor([s.left / 2, math.log(s.width * 2)], dtype=torch.float64)

@@ -27,10 +27,10 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import softplus
 
-from model import InputError, claim_folder, require
+from model import InputError, require
 from reward import student_t
 from toy_envs.figures import COLORS, pyplot, write_world
-from train import parse_settings, run_script, setting
+from toy_envs.runs import make_folder, parse_settings, run_script, setting
 
 # S start, G goal, x lava; u and l are the gates of the upper and of the lower route, free cells.
 # Two rows lead past the lava on either side, so that a careful walker can keep off its shore.
@@ -397,7 +397,7 @@ def draw(world, scores, summary, expert, maps, counts):
 def main(s):
     """Run the experiment, print the tables, write gridworld.png and results.json."""
     counts = checked_counts(s)
-    out = claim_folder(s.out, overwrite=True)
+    out = make_folder(s.out)
     world = read_map(MAP, s.slip)
     scores, expert, maps = experiment(world, s, counts)
     summary = {name: {measure: [x.tolist() for x in mean_and_interval(values)]

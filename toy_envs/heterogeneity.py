@@ -29,10 +29,10 @@ from dataclasses import dataclass
 
 import torch
 
-from model import claim_folder, require
+from model import require
 from toy_envs.figures import COLORS, pyplot, write_world
 from toy_envs.gridworld import mean_and_interval
-from train import parse_settings, run_script, setting
+from toy_envs.runs import make_folder, parse_settings, run_script, setting
 
 REWARDS = {  # name: negatives, positives, label
     "init-sft": ("init", "sft", "Init-SFT"),
@@ -303,7 +303,7 @@ def summarise(results):
 def main(s):
     """Run the three sweeps, print the tables, write heterogeneity.png and results.json."""
     check(s)
-    out = claim_folder(s.out, overwrite=True)
+    out = make_folder(s.out)
     sweeps = {"by_offset": summarise(sweep(s, OFFSETS, 0.0)),
               "by_leak": summarise(sweep(s, s.offset, LEAKS)),
               "by_offset_narrow": summarise(sweep(s, OFFSETS, 0.0, s.narrow, degree=2))}

@@ -142,6 +142,17 @@ def provenance(command, s, device, data):
             "data": zlib.crc32(repr(data).encode())}
 
 
+def make_folder(out):
+    """The folder `out` as a Path, made if need be. Raises InputError where it can't be written."""
+    out = Path(out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / ".lock").touch()
+    except OSError as error:
+        raise InputError(f"{out}: cannot be written ({error.strerror})") from error
+    return out
+
+
 @contextmanager
 def claimed(out, name, head, overwrite=False, resume=False):
     """The folder `out`, this run's alone while the block lasts; yields what its file `name` says.
@@ -154,12 +165,7 @@ def claimed(out, name, head, overwrite=False, resume=False):
     if rank_and_count()[0]:     # of several processes the first one sees to it
         yield from_first(None)
         return
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = open(out / ".lock", "a")
-    except OSError as error:
-        raise InputError(f"{out}: cannot be written ({error.strerror})") from error
-    with lock:
+    with open(make_folder(out) / ".lock", "a") as lock:
         try:
             if fcntl:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)    # let go of when lock is closed

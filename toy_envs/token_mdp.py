@@ -23,10 +23,10 @@ import torch
 from tqdm import tqdm
 
 from divergences import DIVERGENCES, f_divergence
-from model import InputError, claim_folder, require
+from model import InputError, require
 from toy_envs.figures import COLORS, pyplot, write_world
 from toy_envs.gaussian import solve
-from train import parse_settings, run_script, setting
+from toy_envs.runs import make_folder, parse_settings, run_script, setting
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 MAX_SEQUENCES = 4 ** 8      # a solve keeps some forty numbers per sequence and start
@@ -387,7 +387,7 @@ def draw_horizon(curves):
 def main(s):
     """Solve for every learner and divergence, print the tables, write results and figures."""
     demo = demonstrator_of(s)
-    out = claim_folder(s.out, overwrite=True)
+    out = make_folder(s.out)
     solutions = solve_all(demo, s.starts, s.seed)
     rows = summarise(demo, solutions)
     curves = {memory: horizon_curve(range(1, 25), memory) for memory in MEMORIES}

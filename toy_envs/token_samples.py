@@ -40,13 +40,13 @@ from tqdm import tqdm
 
 from divergences import (DIVERGENCES, FORWARD_KL, PEARSON_CHI2, discriminator_loss, f_divergence,
                          policy_surrogate)
-from model import claim_folder, require
+from model import require
 from toy_envs import token_mdp
 from toy_envs.figures import COLORS, pyplot, write_world
+from toy_envs.runs import make_folder, parse_settings, run_script, setting
 from toy_envs.token_mdp import (
     all_sequences, demonstrator_log_prob, demonstrator_of, policy_log_prob, sequence_index,
     sequence_log_prob, sft_optimum, solve_all)
-from train import parse_settings, run_script, setting
 
 
 @dataclass
@@ -331,7 +331,7 @@ def main(s):
     require(min(s.demos, s.rounds, s.batch) >= 1,
             "--demos, --rounds and --batch must be at least 1")
     demo = demonstrator_of(s)
-    out = claim_folder(s.out, overwrite=True)
+    out = make_folder(s.out)
     generator = torch.Generator().manual_seed(s.seed)
     demos = sample_demonstrations(demo, s.demos, generator)
     rows, tracks = imitate(demo, demos, s, generator)

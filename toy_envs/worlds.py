@@ -1,144 +1,21 @@
 """Worlds of text: what a learner is given, and the truth beside it that only the evaluation reads.
 
-A world is either a built-in task (text_tasks.py), whose golden reward is known, or one's own files:
-JSON lines, plain or gzip, checked line by line; what is wrong is said with file and line.
+A world is either a built-in task (text_tasks.py), whose golden reward is known, or one's own files
+(files.py).
 """
 
-import gzip
 import importlib.util
-import json
 import math
 import random
-import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
 from model import InputError, bpe_tokenizer, encode_pair, sample_responses, word_tokenizer
+from toy_envs.files import read_examples, read_prompts, read_texts
 from toy_envs.text_tasks import MAX_WORDS, TextTask
 
-
-# ---- reading data -------------------------------------------------------------------------------
-
-TURN = "\n\nAssistant:"     # HH-RLHF's dialogue strings: the response follows the last one
-
-
-@dataclass(frozen=True)
-class Example:
-    """A demonstration: what was asked, what was answered, and a worse answer where one is known."""
-    prompt: str
-    response: str
-    rejected: str | None = None
-
-
-def read_lines(path):
-    """(line number, text) of each line that is not blank; plain or gzip, UTF-8.
-
-    Raises InputError naming file and line for what is missing, empty or not text.
-    """
-    path, number, found = Path(path), 0, False
-    try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-            for number, raw in enumerate(file, 1):
-                text = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-                if text.strip():
-                    found = True
-                    yield number, text
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}:{number}: not UTF-8 text ({error.reason})") from error
-    except EOFError as error:
-        raise InputError(f"{path}:{number + 1}: the gzip file ends too early") from error
-    except (OSError, zlib.error) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{path}: cannot be read ({reason})") from error
-    if not found:
-        raise InputError(f"{path}: the file is empty")
-
-
-def read_json_lines(path):
-    """(line number, dict) of each line of a JSON-lines file. Raises InputError."""
-    for number, text in read_lines(path):
-        try:
-            record = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise InputError(f"{path}:{number}: not JSON ({error})") from error
-        if not isinstance(record, dict):
-            raise InputError(f"{path}:{number}: not a JSON object")
-        yield number, record
-
-
-def text_field(record, key, where):
-    """record[key] as a non-empty string. Raises InputError starting with `where` (file:line)."""
-    value = record.get(key)
-    if not isinstance(value, str):
-        raise InputError(f"{where}: the field {key!r} is missing or not a string")
-    if not value.strip():
-        raise InputError(f"{where}: the field {key!r} is empty")
-    if any("\ud800" <= character <= "\udfff" for character in value):
-        raise InputError(f"{where}: the field {key!r} holds half a surrogate pair: no text")
-    return value
-
-
-def split_dialogue(text, where):
-    """(prompt ending with "Assistant:", response) of an HH-RLHF dialogue string."""
-    prompt, turn, response = text.rpartition(TURN)
-    if not turn or not prompt.strip():
-        raise InputError(f"{where}: a dialogue needs a prompt and '\\n\\nAssistant:'")
-    return prompt + turn, response
-
-
-def read_examples(path):
-    """(examples, number of pairs left out) from JSON lines of either form:
-
-    {"prompt": ..., "response": ...}   a newline is set between the two
-    {"chosen": ..., "rejected": ...}   HH-RLHF dialogues; the chosen one is the demonstration
-
-    People do leave dialogue turns empty, or compare dialogues that part before the last turn: such
-    pairs teach nothing here: left out and counted. Raises InputError for anything else amiss.
-    """
-    examples, left_out = [], 0
-    for number, record in read_json_lines(path):
-        where = f"{path}:{number}"
-        if "chosen" in record or "rejected" in record:
-            prompt, response = split_dialogue(text_field(record, "chosen", where), where)
-            other, rejected = split_dialogue(text_field(record, "rejected", where), where)
-            if prompt == other and response.strip() and rejected.strip():
-                examples.append(Example(prompt, response, rejected))
-            else:
-                left_out += 1
-        else:
-            prompt, response = (text_field(record, key, where) for key in ("prompt", "response"))
-            examples.append(Example(prompt.rstrip() + "\n", response.strip()))
-    if not examples:
-        raise InputError(f"{path}: no usable example in it")
-    return examples, left_out
-
-
-def read_texts(path):
-    """Documents of a corpus: JSON lines with "text" (.json, .jsonl), or plain text by paragraph."""
-    if ".json" in Path(path).name:
-        return [text_field(record, "text", f"{path}:{n}") for n, record in read_json_lines(path)]
-    paragraphs, last = [], None
-    for number, text in read_lines(path):
-        if last is not None and number == last + 1:
-            paragraphs[-1] += "\n" + text
-        else:
-            paragraphs.append(text)
-        last = number
-    return paragraphs
-
-
-def read_prompts(path):
-    """Further prompts: JSON lines with "prompt", or plain text with one prompt a line."""
-    if ".json" in Path(path).name:
-        texts = [text_field(record, "prompt", f"{path}:{n}") for n, record in read_json_lines(path)]
-    else:
-        texts = [text for _, text in read_lines(path)]
-    return [text if text.endswith(TURN) else text.rstrip() + "\n" for text in texts]
-
-
-# ---- worlds --------------------------------------------------------------------------------------
 
 @dataclass
 class World:
@@ -217,21 +94,22 @@ def file_world(s, seed):
         corpus = [e.prompt + e.response for e in learn]
     tokenizer = bpe_tokenizer(corpus, s.vocab_size)
 
-    def fits(prompt):
-        return len(tokenizer.encode(prompt)) <= s.max_prompt
+    def cut(prompt):
+        return tokenizer.tail(prompt, s.max_prompt)
 
-    demos = [e for e in learn if fits(e.prompt)]
-    test = [e for e in held if fits(e.prompt)]
-    prompts = [e.prompt for e in demos] + [x for x in more_prompts if fits(x)]
-    if not demos or not test:
-        raise InputError(f"{s.demos}: no prompt of at most {s.max_prompt} tokens is left to "
-                         f"{'train on' if not demos else 'evaluate on'}; raise --max-prompt")
+    n_cut = sum(cut(x) != x for x in [e.prompt for e in learn + held] + more_prompts)
+    test = [replace(e, prompt=cut(e.prompt)) for e in held]
+    unseen = {e.prompt for e in test}       # prompts that differed may be the same once cut
+    demos = [e for e in (replace(e, prompt=cut(e.prompt)) for e in learn) if e.prompt not in unseen]
+    prompts = [e.prompt for e in demos] + [x for x in map(cut, more_prompts) if x not in unseen]
+    if not demos:
+        raise InputError(f"{s.demos}: cut to {s.max_prompt} tokens, every prompt to train on is "
+                         "also a held-out one; raise --max-prompt")
     if golden:
-        for e in learn:     # a judge that fails is refused here, before a file is written
+        for e in demos:     # a judge that fails is refused here, before a file is written
             golden(e.prompt, e.response)
     answers = {e.prompt: e.response for e in reversed(test)}      # the first one of each prompt
     test_prompts = list(answers)[:s.n_prompts]
-    skipped = len(learn) + len(held) + len(more_prompts) - len(prompts) - len(test)
     pairs = [[(e.prompt, e.response, e.rejected) for e in part if e.rejected]
              for part in (demos, test)]
     return World(
@@ -239,8 +117,10 @@ def file_world(s, seed):
         demos=[(e.prompt, e.response) for e in demos], train_prompts=prompts,
         test_prompts=test_prompts, test_demos=[[answers[x]] for x in test_prompts], golden=golden,
         preferences=pairs[0], human_pairs=pairs[1],
-        notes=[f"{left_out} pairs without a common prompt or with an empty turn left out",
-               f"{skipped} prompts longer than {s.max_prompt} tokens skipped",
+        notes=[f"{left_out} records without a common prompt or with an empty turn left out",
+               f"{n_cut} prompts longer than {s.max_prompt} tokens keep only their end",
+               *([f"{len(learn) - len(demos)} demonstrations left out: cut, a held-out prompt"]
+                 if len(demos) < len(learn) else []),
                *([] if s.corpus else ["no --corpus: pi_0 is pretrained on the demonstrations"])])
 
 

@@ -127,10 +127,11 @@ def check_forward_kl_loss(ask):
     # KL(beta || pi) + H(beta) by enumeration; column 0 is a prompt, column 4 padding
     counts = torch.tensor([4, 0, 1, 1, 0, 0, 0, 2])
     y = token_mdp.all_sequences(3, 2).repeat_interleave(counts, 0)              # (8, 3)
-    beta, table = counts.double() / 8, randn(7, 2).requires_grad_()     # a row for every prefix
-    logits = torch.cat([table[token_mdp.context_index(y, 2, 3)], randn(8, 2, 2, seed=1)], 1)
+    beta, table = counts.double() / 8, randn(3, 4, 2).requires_grad_()  # a row for every prefix
+    rows = [table[t, token_mdp.sequence_index(y[:, :t], 2)] for t in range(3)]
+    logits = torch.cat([torch.stack(rows, 1), randn(8, 2, 2, seed=1)], 1)
     tokens, mask = pad(y, (1, 1)), pad(torch.ones_like(y), (1, 1)).bool()
-    log_pi = token_mdp.sequence_log_prob(table.log_softmax(-1)[None], 3, 3)[0]
+    log_pi = token_mdp.sequence_log_prob(table.log_softmax(-1)[None])[0]
     right = divergences.forward_kl(beta.log(), log_pi) + torch.special.entr(beta).sum()
 
     def loss(logp, tokens=tokens[:, 1:], mask=mask[:, 1:]):
@@ -291,11 +292,11 @@ def check_sft_loss(ask):
 
 
 def check_soft_value(ask):
-    beta, logp = 0.7, [randn(2 ** t, 2, seed=t).log_softmax(-1) for t in range(3)]
-    reward = [randn(2 ** t, 2, seed=9 + t) for t in range(3)]
+    beta, tables = 0.7, (randn(3, 4, 2).log_softmax(-1), randn(3, 4, 2, seed=9))
+    logp, reward = ([table[t, :2 ** t] for t in range(3)] for table in tables)
     got = ask(logp, reward, beta, shape=(1,))
-    y_logp, y_reward = (token_mdp.sequence_log_prob(torch.cat(steps)[None], 3, 3)[0]
-                        for steps in (logp, reward))        # (8,): sums along each sequence
+    y_logp, y_reward = (token_mdp.sequence_log_prob(table[None])[0]
+                        for table in tables)                # (8,): sums along each sequence
     compare("The value", got, beta * (y_logp + y_reward / beta).logsumexp(0, True), (
         ("A hard maximum: the value of one response. The best policy mixes: V = beta log sum_a "
          "pi_SFT(a|s) e^(Q/beta).", (y_reward + beta * y_logp).amax()),
