@@ -35,6 +35,7 @@ from model import (GPT, GPTConfig, InputError, claim_folder, encode_documents, l
 from reward import (HEADS, REWARD_MODELS, Adversary, LogRatio, RewardModel, TokenExtrapolation,
                     score)
 from toy_envs.figures import draw_run, print_reward_models, print_samples, print_table
+from toy_envs.report import FIGURES, write_report
 from toy_envs.truth import Truth, inspect_rewards, pick_samples, summarise
 from toy_envs.worlds import file_world, text_world
 from train import Schedule, setting
@@ -418,7 +419,7 @@ def main(argv=None):
                 "numpy": np.__version__, "tokenizers": tokenizers.__version__}
     command = " ".join(["python afd.py", *(sys.argv[1:] if argv is None else argv)])
     head = {"command": command, "config": asdict(s), "versions": versions, "device": str(device)}
-    for stale in ("results.json", "metrics.jsonl", "best_of_n.png", "reward_models.png"):
+    for stale in ("results.json", "metrics.jsonl", "report.html", *FIGURES):
         (out / stale).unlink(missing_ok=True)
     write_json(out / "config.json", head)
     rows, records, curves, seconds, first, n = [], [], {}, {}, [], min(16, s.n_candidates)
@@ -439,6 +440,7 @@ def main(argv=None):
             print(f"figure  {path}")
     except ImportError as error:        # the numbers are safe; only the pictures need the extra
         print(error)
+    print(f"report  {write_report(out, results, first, world)}")
     print(f"results {out / 'results.json'}\n{time.perf_counter() - start:.0f} seconds")
     return results
 
