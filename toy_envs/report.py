@@ -1,14 +1,13 @@
-"""report.html: one page of a run that opens offline, to look at and to hand on.
+"""report.html: one page of a run, complete in itself, to look at offline and to hand on.
 
-report.html beside this file is its template. Tables, figures and settings are set in here; the
-browser of samples is a script over one JSON text in the page. Text from data is never read as
-markup: it is escaped in tables and in the JSON, and the script sets it as text only.
+The template beside this file has slots for tables, figures and settings, and a script that browses
+samples from a JSON text. Text from data is never markup: escaped here, and set as text there.
 """
 
 import base64
-import html
 import json
 import re
+from html import escape
 from itertools import groupby
 from pathlib import Path
 
@@ -16,13 +15,9 @@ from model import write_aside
 from toy_envs.figures import COLORS, by_writer, interval, number, over_seeds
 from toy_envs.truth import WRITERS, name_of
 
-TEMPLATE = Path(__file__).with_suffix(".html")
 FIGURES = {     # that a run may have drawn: what is to be seen in them
-    "best_of_n.png": "Best-of-N for each reward model: golden reward, and the rise of the proxy, "
-                     "against N. Over-optimisation: the proxy goes on rising, golden falls.",
-    "reward_models.png": "What each reward model learned: rank correlation with golden reward and "
-                         "with length, and what the demonstrator's marks are worth to it.",
-}
+    "best_of_n.png": "Golden and proxy reward against N. Where they part: over-optimisation.",
+    "reward_models.png": "Rank correlation with golden reward and length; worth of the marks."}
 COLUMNS = (("proxy_mean", "proxy, nats", "{:.1f}"), ("win_vs_sft", "win/SFT", "{:.2f}"),
            ("win_vs_demo", "win/demo", "{:.2f}"), ("kl_from_sft", "KL, nats", "{:.1f}"),
            ("reverse_kl", "rev. KL, nats", "{:.1f}"), ("forward_kl", "fwd. KL, nats", "{:.1f}"),
@@ -30,128 +25,106 @@ COLUMNS = (("proxy_mean", "proxy, nats", "{:.1f}"), ("win_vs_sft", "win/SFT", "{
            ("length_mean", "length, tokens", "{:.0f}"))
 LEARNED = (("accuracy", "accuracy"), ("calibration_error", "calibration error"),
            ("corr_golden", "correlation with golden"), ("corr_length", "correlation with length"),
-           ("marks_worth", "worth of the marks, sd"))
-PEOPLE = ("human_agreement", "agrees with people")
+           ("marks_worth", "worth of the marks, sd"), ("human_agreement", "agrees with people"))
 
 
 def write_report(out, results, samples, world):
-    """Write out/report.html from results.json's content, pick_samples' and the world that they are
-    of; returns its path."""
-    config, rows = results["config"], results["rows"]
+    """Write out/report.html from what results.json holds, the samples of truth.pick_samples and
+    their world (of any seed: only its kinds of clauses are read); returns its path."""
+    path, config, seeds = Path(out) / "report.html", results["config"], list(results["seconds"])
     n = min(16, config["n_candidates"])
-    task = config["demos"] or f"{config['task']}, heterogeneity {config['heterogeneity']:g}"
-    seeds = list(results["seconds"])
-    over = "prompts" if len(seeds) == 1 else "seeds"
-    settings = {"command": results["command"], "device": results["device"],
-                **results["versions"], **config}
+    built_in = f"{config['task']}, heterogeneity {config['heterogeneity']:g}"
+    task = Path(config["demos"]).name if config["demos"] else built_in
+    data = json.dumps(browser_data(samples, world, results["rows"], n), allow_nan=False)
     parts = {
-        "TITLE": html.escape(f"{task}; " + (f"seed {seeds[0]}" if over == "prompts" else
-                                            f"seeds {seeds[0]} to {seeds[-1]}")),
-        "OVER": over, "N": str(n), "SEED": seeds[0],
-        "TABLE": result_table(rows, n), "LEARNED": learned_table(results["reward_models"]),
-        "FIGURES": "\n".join(figure(Path(out) / name, caption)
-                             for name, caption in FIGURES.items() if (Path(out) / name).exists()),
-        "SETTINGS": "\n".join(f"<div><dt>{html.escape(key)}</dt><dd>{html.escape(shown(value))}"
-                              "</dd></div>" for key, value in settings.items()),
-        "DATA": embed(browser_data(samples, world, rows, n)),
-    }
-    page = re.sub("<!-- ([A-Z]+) -->", lambda match: parts[match[1]],    # in one pass: no text from
-                  TEMPLATE.read_text(encoding="utf-8"))                  # data is taken for a slot
-    path = Path(out) / "report.html"
+        "TITLE": escape(f"{task}; seed {' to '.join(dict.fromkeys((seeds[0], seeds[-1])))}"),
+        "OVER": "seeds" if len(seeds) > 1 else "prompts", "N": str(n), "SEED": seeds[0],
+        "TABLE": result_table(results["rows"], n),
+        "LEARNED": learned_table(results["reward_models"]),
+        "FIGURES": "".join(figure(path.with_name(name), caption)
+                           for name, caption in FIGURES.items() if path.with_name(name).exists()),
+        "SETTINGS": "".join(f"<div><dt>{escape(key)}</dt><dd>{escape(str(value))}</dd></div>\n"
+                            for key, value in {"command": results["command"],
+                                               **results["versions"], **config}.items()),
+        "DATA": data.replace("<", "\\u003c")}       # no tag can end or begin in the script element
+    template = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
+    page = re.sub(      # in one pass: text from data that looks like a slot is not filled
+        "<!-- ([A-Z]+) -->", lambda slot: parts[slot[1]], template)
     write_aside(path, lambda part: part.write_text(page, encoding="utf-8"))
     return path
 
 
-def embed(data):
-    """data as JSON that may stand in a script element: no `<` in it, and ASCII only, so neither a
-    tag's end nor U+2028."""
-    return json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
-
-
-def shown(value):
-    """A setting as it would be typed."""
-    if isinstance(value, list):
-        return ",".join(map(shown, value)) or "none"
-    return "–" if value in (None, "") else str(value)
-
-
 def figure(path, caption):
-    image = base64.b64encode(path.read_bytes()).decode()
-    return (f'<figure><img src="data:image/png;base64,{image}" alt="{html.escape(caption)}">'
-            f"<figcaption>{html.escape(caption)}</figcaption></figure>")
+    """A picture embedded in the page, in a scroll box."""
+    image, text = base64.b64encode(path.read_bytes()).decode(), escape(caption)
+    return (f'<figure><div class="scroll" role="region" aria-label="{path.stem}" tabindex="0">'
+            f'<img src="data:image/png;base64,{image}" alt="{text}"></div>'
+            f"<figcaption>{text}</figcaption></figure>\n")
 
 
-def table(caption, header, rows):
-    """A table in its own scroll box; rows: (colour of its reward model or None, name, *cells)."""
-    head = "".join(f'<th scope="col">{html.escape(title)}</th>' for title in header)
-    body = "".join(
-        "<tr><th scope=\"row\">"
-        + (f'<i class="swatch" style="background:{color}"></i>' if color else "")
-        + html.escape(name) + "</th>" + "".join(f"<td>{html.escape(c)}</td>" for c in cells)
-        + "</tr>\n" for color, name, *cells in rows)
-    return (f'<div class="scroll" role="region" aria-label="{html.escape(caption)}" tabindex="0">'
-            f"<table><caption>{html.escape(caption)}</caption><thead><tr>{head}</tr></thead>\n"
-            f"<tbody>{body}</tbody></table></div>")
+def table(caption, header, lines):
+    """A table in a scroll box, without the columns of which nothing is known; the first cell of
+    each line is (name, colour or None)."""
+    header, *lines = zip(*(c for c in zip(header, *lines) if set(c[1:]) != {"-"}))
+    head = "".join(f'<th scope="col">{escape(title)}</th>' for title in header)
+    body = ""
+    for (name, color), *cells in lines:
+        swatch = f'<i class="swatch" style="background:{color}"></i>' if color else ""
+        body += (f'<tr><th scope="row">{swatch}{escape(name)}</th>'
+                 + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>\n")
+    return (f'<div class="scroll" role="region" aria-label="{caption}" tabindex="0"><table>'
+            f"<thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>")
 
 
 def result_table(rows, n):
     """Golden reward beside every proxy: the table that a run prints."""
     lines = []
     for (method, name), mine in by_writer(rows, n).items():
-        gold = number(over_seeds(mine, "gold_mean"))
-        half = number(interval(mine, "gold_mean", "gold_ci95"))
+        gold, half = over_seeds(mine, "gold_mean"), number(interval(mine, "gold_mean", "gold_ci95"))
         label = f"best of {n}, {name}" if method == "bon" else WRITERS.get(method, name)
-        lines.append((COLORS.get(mine[0]["reward_model"]), label,
-                      gold if "-" in (gold, half) else f"{gold} ± {half}",
+        lines.append(((label, COLORS.get(mine[0]["reward_model"])),
+                      number(gold) + (f" ± {half}" if half != "-" else ""),
                       *(number(over_seeds(mine, key), form) for key, _, form in COLUMNS)))
     return table("Golden reward beside every proxy",
                  ("writer", "golden, points", *(title for _, title, _ in COLUMNS)), lines)
 
 
 def learned_table(records):
-    """What the reward models learned, means over seeds."""
-    columns = (*LEARNED, PEOPLE) if any(r["human_pairs"] for r in records) else LEARNED
-    groups = {}
-    for record in records:
-        groups.setdefault(record["reward_model"], []).append(record)
-    return table("What the reward models learned",
-                 ("reward model", *(title for _, title in columns)),
-                 [(COLORS[name], name, *(number(over_seeds(mine, key)) for key, _ in columns))
-                  for name, mine in groups.items()])
+    """What the reward models learned: the second table that a run prints."""
+    lines, (keys, titles) = [], zip(*LEARNED)
+    for name in dict.fromkeys(r["reward_model"] for r in records):
+        mine = [r for r in records if r["reward_model"] == name]
+        lines.append(((name, COLORS[name]), *(number(over_seeds(mine, key)) for key in keys)))
+    return table("What the reward models learned", ("reward model", *titles), lines)
 
 
 # ---- the browser of samples ----------------------------------------------------------------------
 
 def clauses(world, prompt, text):
-    """[kind, piece] pairs whose pieces join to the response: clauses by their kind, and the
-    demonstrator's marks as "mark"; one piece of kind None in a world that knows no kinds."""
+    """[kind, piece] pairs whose pieces join to the response: clauses by their kind, between them
+    the demonstrator's marks as "mark"; kind None where nobody knows it, and for white space."""
     if not world.parse:
         return [[None, text]]
     kinds, pieces = iter([kind for kind, *_ in world.parse(prompt, text)]), []
     for clause in re.findall(r"\s+|[^\s.][^.]*\.?|\.", text):
-        kind = next(kinds, None) if clause.strip() else None    # no kind: marks after the last one
-        words = [(kind if world.unmark(word) or not word.strip() else "mark", word)
-                 for word in re.findall(r"\s+|\S+\s*", clause)]
-        pieces += [[kind, "".join(word for _, word in group)]
-                   for kind, group in groupby(words, key=lambda pair: pair[0])]
+        kind = next(kinds, None) if clause.strip() else None    # none left: marks after the last
+        words = [("mark" if word.strip() and not world.unmark(word) else kind, word)
+                 for word in re.findall(r"\s+|\S+", clause)]
+        pieces += [[key, "".join(word for _, word in group)]
+                   for key, group in groupby(words, key=lambda pair: pair[0])]
     return pieces
 
 
 def browser_data(samples, world, rows, n):
-    """What the page's script reads: per prompt the writers' samples, the candidates' clauses and
-    their scores by every selector, and the points of a clause by kind."""
-    optimised = next((name_of(r) for r in rows if r["method"] == "po"), "")
-    names = {"pi_0": "pi_0", "pi_SFT": "pi_SFT", "optimised": f"optimised policy: {optimised}",
-             "demonstration": "demonstration"}
-    prompts = []
-    for sample in samples:
-        if "candidates" in sample:
-            x = sample["prompt"]
-            prompts.append({
-                "prompt": x.strip(), "points": world.values(x) if world.values else {},
-                "writers": [{"name": title, "golden": sample["writers"][name]["golden"],
-                             "said": clauses(world, x, sample["writers"][name]["text"])}
-                            for name, title in names.items() if name in sample["writers"]],
-                "said": [clauses(world, x, text) for text in sample["candidates"]["text"]],
-                "scores": sample["candidates"]["scores"]})
+    """What the page's script reads: pick_samples' samples in clauses, with the points of each."""
+    names = {"pi_0": "pi_0", "pi_SFT": "pi_SFT", "demonstration": "demonstration",
+             "optimised": next((name_of(r) for r in rows if r["method"] == "po"), None)}
+    prompts = [{
+        "prompt": x.strip(), "points": world.values(x) if world.values else {},
+        "writers": [{"name": names[name], "golden": said["golden"],
+                     "said": clauses(world, x, said["text"])}
+                    for name, said in sample["writers"].items() if name in names],
+        "said": [clauses(world, x, text) for text in sample["candidates"]["text"]],
+        "scores": sample["candidates"]["scores"],
+    } for sample in samples if "candidates" in sample for x in [sample["prompt"]]]
     return {"n": n, "colors": COLORS, "prompts": prompts}

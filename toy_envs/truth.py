@@ -277,6 +277,6 @@ def pick_samples(truth, scores, n, optimised):
         if i < BROWSED:
             samples[i]["candidates"] = {
                 "text": truth.candidates.texts[i],
-                "scores": {key: [float(f"{v:.7g}") for v in values[i]]
+                "scores": {key: [float(f"{v:.7g}") if v == v else None for v in values[i]]
                            for key, values in scores.items()}}
     return samples
