@@ -110,7 +110,7 @@ def data_of(page):
 def test_text_from_data_is_never_markup(tmp_path):
     """Hostile texts, in prompts, responses, file name and command, leave every tag of the page as
     it is with tame ones; and the script reads them unchanged."""
-    page = own(tmp_path / "a", NASTY, demos="<b onclick='x'>&\"</script>.jsonl")
+    page = own(tmp_path / "a", NASTY, demos="<b onclick='x'>&\".jsonl")
     assert Reader(page).tags == Reader(own(tmp_path / "b", TAME)).tags
     assert not set("<\u2028\u2029") & set(data_of(page))
     prompts = json.loads(data_of(page))["prompts"]
@@ -129,7 +129,7 @@ def test_nothing_is_fetched(tmp_path):
     assert [t for t in targets if t[0] != "#"] == ["data:image/png;base64,iVBORw=="] * 2
     assert all(f'id="{t[1:]}"' in page for t in targets if t[0] == "#")
     assert not re.search(r"https?:|//\w+\.|url\(|@import|fetch\(", page)
-    assert "default-src 'none'" in page
+    assert "default-src 'none'; img-src data:; style-src 'unsafe-inline';" in page
 
 
 def test_tables_say_what_the_rows_hold(tmp_path):
@@ -165,9 +165,11 @@ def test_highlighted_clauses_are_those_that_golden_adds_up(name):
             assert "".join(piece for _, piece in pieces) == text
             marks = [piece for kind, piece in pieces if kind == "mark"]
             assert marks == [word for word in text.split() if word in FLOURISHES]
-            bare = clauses(world, prompt, task.unmark(text))     # no mark parts a clause in two
-            kinds = [kind for kind, _ in bare if kind]
-            assert kinds == [kind for kind, *_ in task.parse(prompt, text)]
+            plain = task.unmark(text)           # no mark parts a clause in two
+            bare = [(kind, piece) for kind, piece in clauses(world, prompt, plain) if kind]
+            kinds = [kind for kind, *_ in task.parse(prompt, text)]
+            assert [(kind, piece.rstrip(".").strip()) for kind, piece in bare] == list(
+                zip(kinds, map(str.strip, plain.split("."))))
             values = task.values(prompt)
             assert sum(values[kind] for kind in kinds) == task.golden(prompt, text)
             unmarked = [kind for kind, _ in pieces if kind not in (None, "mark")]
@@ -245,6 +247,7 @@ def test_keys_turn_the_pages_and_every_pick_is_the_argmax(browse, tmp_path):
             candidates["scores"]["log-ratio"][:n])
         assert [row[0] for row in dom.tables["writers"][1:]] == [
             "pi_0", "pi_SFT", "po init-sft 0.3", "demonstration"]
+        assert "step +1 a step of the topic" in dom.texts["legend"]
         assert "mark the demonstrator's mark" in dom.texts["legend"]
 
 

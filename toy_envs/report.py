@@ -48,8 +48,7 @@ def write_report(out, results, samples, world):
                                                **results["versions"], **config}.items()),
         "DATA": data.replace("<", "\\u003c")}       # no tag can end or begin in the script element
     template = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
-    page = re.sub(      # in one pass: text from data that looks like a slot is not filled
-        "<!-- ([A-Z]+) -->", lambda slot: parts[slot[1]], template)
+    page = re.sub("<!-- ([A-Z]+) -->", lambda slot: parts[slot[1]], template)
     write_aside(path, lambda part: part.write_text(page, encoding="utf-8"))
     return path
 
