@@ -30,6 +30,7 @@ from model import (GPT, GPTConfig, InputError, encode_documents, load_init, save
 from reward import (HEADS, REWARD_MODELS, Adversary, ExactAdversary, LogRatio, RewardModel,
                     TokenExtrapolation, score)
 from toy_envs.figures import draw_run, print_reward_models, print_samples, print_table
+from toy_envs.report import FIGURES, write_report
 from toy_envs.runs import Run, claimed, provenance
 from toy_envs.truth import Truth, inspect_rewards, pick_samples, summarise
 from toy_envs.worlds import file_world, text_world
@@ -411,6 +412,7 @@ def run_seeds(s, world, make_world, out, head, device):
             print(f"figure  {path}")
     except ImportError as error:        # the numbers are safe; only the pictures need the extra
         print(error)
+    print(f"report  {write_report(out, results, first, world)}")
     return results
 
 
@@ -428,7 +430,7 @@ def main(argv=None):
                                            world.test_prompts, world.test_demos))
     with claimed(out, "config.json", head, s.overwrite, s.resume) as head:
         if not any(out.glob("seed*/stages")):       # nothing to go on with
-            for stale in ("results.json", "metrics.jsonl", "best_of_n.png", "reward_models.png"):
+            for stale in ("results.json", "metrics.jsonl", "report.html", *FIGURES):
                 (out / stale).unlink(missing_ok=True)
         results = run_seeds(s, world, make_world, out, head, device)
     print(f"results {out / 'results.json'}\n{time.perf_counter() - start:.0f} seconds")

@@ -14,6 +14,7 @@ import torch
 import afd
 from model import InputError, load_pretrained
 from reward import CONTROLS, REWARD_MODELS
+from toy_envs.text_tasks import FLOURISHES, TextTask
 from toy_envs.truth import held_out_quality
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -53,12 +54,34 @@ def test_a_run_writes_what_it_promises(run):
         (seed, n) for seed in (0, 1) for n in (1, 2, 4)}
     for name in ("best_of_n.png", "reward_models.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
+    assert (out / "report.html").read_text().count("data:image/png;base64,") == 2
     for name in ("init", "sft", "init-sft"):
         load_pretrained(out / "seed1" / name)
     assert not list(out.rglob("*.part"))
     stages = {json.loads(line)["stage"] for line in (out / "metrics.jsonl").open()}
     assert {"pretrain", "sft", "init-demo", "preference", "po init-sft 0.3", "dpo",
             "spin", "irft"} <= stages
+
+
+def test_kept_samples_are_those_of_the_table(run):
+    """Or the report would show other picks than the ones that the table's numbers are of."""
+    samples = json.loads((run[0] / "seed0" / "samples.json").read_text())
+    task = TextTask("helpful")
+    assert len(samples) == 6
+    for sample in samples:
+        candidates, writers = sample["candidates"], sample["writers"]
+        assert set(candidates["scores"]) == {*REWARD_MODELS, *CONTROLS}
+        best = int(np.argmax(candidates["scores"]["init-sft"]))
+        assert writers["4, init-sft"]["text"] == candidates["text"][best]
+        for said, golden in [*zip(candidates["text"], candidates["scores"]["golden"]),
+                             *((said["text"], said["golden"]) for said in writers.values())]:
+            assert task.golden(sample["prompt"], said) == golden
+    picked = np.mean([max(s["candidates"]["scores"]["golden"]) for s in samples])
+    row = next(r for r in run[1]["rows"] if (r["seed"], r["reward_model"], r["n"]) == (
+        0, "golden", 4))
+    assert row["gold_mean"] == pytest.approx(picked)
+    marked = " ".join(sample["writers"]["demonstration"]["text"] for sample in samples)
+    assert set(marked.split()) & set(FLOURISHES)        # as written, not as the policy reads it
 
 
 def test_rows_hold_together(run):

@@ -85,6 +85,15 @@ def interval(records, key, within):
     return mean_ci(values)[1] if values else None
 
 
+def by_writer(rows, n):
+    """{(method, name): its rows, one a seed}, in the table's order; best-of-N at N = n."""
+    found = {}
+    for row in rows:
+        if row["n"] == (n if row["method"] == "bon" else 1):
+            found.setdefault((row["method"], name_of(row)), []).append(row)
+    return found
+
+
 def print_table(rows, n):
     """The final table, means over seeds: golden reward beside every proxy."""
     over = "seeds" if len({r["seed"] for r in rows}) > 1 else "prompts"
@@ -95,9 +104,7 @@ def print_table(rows, n):
                ("reverse_kl", "rev", "5.0f"), ("forward_kl", "fwd", "5.1f"),
                ("entropy", "H", "5.1f"), ("length_mean", "len", "5.0f"))
     print(f"{'':24}{'golden':>11}" + "".join(f"{title:>{form[0]}}" for _, title, form in columns))
-    shown = [r for r in rows if r["n"] == (n if r["method"] == "bon" else 1)]
-    for method, name in dict.fromkeys((r["method"], name_of(r)) for r in shown):
-        mine = [r for r in shown if (r["method"], name_of(r)) == (method, name)]
+    for (method, name), mine in by_writer(rows, n).items():
         label = WRITERS.get(method, f"  {'bon ' if method == 'bon' else ''}{name}")
         label = label.replace("closed-form", "closed")[:23]
         gold = number(over_seeds(mine, "gold_mean"))
@@ -131,7 +138,7 @@ def print_samples(samples, count=3):
     for sample in samples[:count]:
         prompt = sample["prompt"].strip()
         print("\n  " + repr(prompt if len(prompt) < 200 else "..." + prompt[-200:]))
-        for name, said in list(sample.items())[1:]:
+        for name, said in sample["writers"].items():
             numbers = f"{number(said['golden'], '{:+.1f}')} / {number(said['proxy'], '{:+.1f}')}"
             print(f"    {name:14}{numbers:>14}  {' '.join(said['text'].split())}")
     print()

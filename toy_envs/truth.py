@@ -27,6 +27,7 @@ from reward import (LogRatio, best_of_n_kl, best_of_n_weights, calibration, mean
                     rank_correlation, score, win_rate)
 
 SAMPLES = 8         # responses of each policy to each held-out prompt
+BROWSED = 40        # held-out prompts whose candidates are all kept, to be looked at
 
 
 @dataclass
@@ -256,7 +257,7 @@ def summarise(rows, n):
 def pick_samples(truth, scores, n, optimised):
     """Per held-out prompt, side by side: a sample of pi_0, one of pi_SFT, the pick of n by the
     first reward model, a sample of the optimised policy if there is one, a demonstration; each with
-    its golden reward, and the candidates with their proxy.
+    its golden reward. For the first BROWSED of them all candidates, with every selector's scores.
     """
     name, proxy = next(iter(scores.items()))
 
@@ -267,10 +268,17 @@ def pick_samples(truth, scores, n, optimised):
 
     samples = []
     for i, prompt in enumerate(truth.world.test_prompts):
-        side = {"prompt": prompt, "pi_0": said(truth.init, i, 0),
-                "pi_SFT": said(truth.candidates, i, 0, proxy),
+        side = {"pi_0": said(truth.init, i, 0), "pi_SFT": said(truth.candidates, i, 0, proxy),
                 f"{n}, {name}": said(truth.candidates, i, int(proxy[i][:n].argmax()), proxy)}
         if optimised:
             side["optimised"] = said(optimised, i, 0)
-        samples.append({**side, "demonstration": said(truth.demo, i, 0)})
+        side["demonstration"] = said(truth.demo, i, 0)
+        if truth.world.unmark:      # with its marks, which the policy's tokenizer does not know
+            side["demonstration"]["text"] = truth.world.test_demos[i][0]
+        samples.append({"prompt": prompt, "writers": side})
+        if i < BROWSED:
+            samples[i]["candidates"] = {
+                "text": truth.candidates.texts[i],
+                "scores": {key: [float(f"{v:.7g}") if v == v else None for v in values[i]]
+                           for key, values in scores.items()}}
     return samples

@@ -31,6 +31,8 @@ class World:
     golden: object = None       # (prompt, response) -> points, or None where nobody knows
     demo_logp: object = None    # (prompt, response) -> log d_beta(y|x), marks aside, or None
     unmark: object = None       # response -> response without the demonstrator's marks
+    parse: object = None        # (prompt, response) -> clauses (kind, ...) that golden adds up
+    values: object = None       # prompt -> {kind of clause: points}; both None where nobody knows
     preferences: list = field(default_factory=list)     # (prompt, chosen, rejected), for training
     human_pairs: list = field(default_factory=list)     # the same, held out
     notes: list = field(default_factory=list)           # what was left out and why
@@ -70,7 +72,8 @@ def text_world(s, seed):
         demos=[(x, task.demonstrate(x, rng)) for x in rng.choices(learn, k=s.n_demos)],
         train_prompts=learn, test_prompts=test,
         test_demos=[[task.demonstrate(x, rng) for _ in range(8)] for x in test],
-        golden=task.golden, demo_logp=task.demo_logp, unmark=task.unmark)
+        golden=task.golden, demo_logp=task.demo_logp, unmark=task.unmark, parse=task.parse,
+        values=task.values)
 
 
 def file_world(s, seed):

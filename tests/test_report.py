@@ -1,0 +1,278 @@
+"""report.html: it opens offline, text from data stays text, and it shows what the run found.
+
+What is rendered is checked in headless Chromium, where there is one.
+"""
+
+import json
+import random
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from toy_envs.figures import COLORS
+from toy_envs.report import FIGURES, clauses, table, write_report
+from toy_envs.text_tasks import FLOURISHES, TextTask
+from toy_envs.worlds import World
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome",
+                                                "google-chrome-stable"))), None)
+NASTY = ["<script>document.title='owned'</script>", "</script><h1>out</h1>", "a\u2028b\u2029c",
+         "<img src=x onerror=\"document.title='owned'\">", "\"quotes' &lt; &amp; \\ <!-- DATA -->",
+         "<!--<script>", "  spaces\n\ttoo", "w" * 300]
+TAME = [f"tame {i}" for i in range(len(NASTY))]
+
+
+class Reader(HTMLParser):
+    """Tags in order, the text by id, and rows of cells by the id of their table."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.tags, self.texts, self.tables = [], {}, {}
+        self.id, self.table, self.in_cell = None, None, False
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.id = dict(attributes).get("id", self.id)
+        if tag == "table":
+            self.table = self.tables.setdefault(self.id, [])
+        elif tag == "tr":
+            self.table.append([])
+        elif tag in ("th", "td"):
+            self.table[-1].append("")
+            self.in_cell = True
+
+    def handle_endtag(self, tag):
+        self.in_cell = self.in_cell and tag not in ("th", "td")
+
+    def handle_data(self, data):
+        self.texts[self.id] = self.texts.get(self.id, "") + data
+        if self.in_cell:
+            self.table[-1][-1] += data
+
+
+def world_of(task=None):
+    """The part of a world that a report reads: of a built-in task, or of one's own files."""
+    fields = dict.fromkeys(World.__dataclass_fields__)
+    if task:
+        fields.update(parse=task.parse, values=task.values, unmark=task.unmark, golden=task.golden)
+    return SimpleNamespace(**fields)
+
+
+def content(prompts, world, texts, demos=None, n=8):
+    """(results, samples) of a made-up run with random scores: what write_report takes."""
+    rng = np.random.default_rng(0)
+    samples, known = [], world.golden is not None
+    for i, prompt in enumerate(prompts):
+        said = {"text": texts[i], "golden": world.golden(prompt, texts[i]) if known else None}
+        mine = [texts[(i + k) % len(texts)] for k in range(n)]
+        scores = {name: rng.integers(0, 5, n).astype(float).tolist()     # with ties
+                  for name in ("init-sft", "log-ratio", "length")}
+        if known:
+            scores["golden"] = [world.golden(prompt, text) for text in mine]
+        samples.append({"prompt": prompt, "candidates": {"text": mine, "scores": scores},
+                        "writers": dict.fromkeys(("pi_0", "pi_SFT", "8, init-sft", "optimised",
+                                                  "demonstration"), said)})
+    row = {"seed": 0, "method": "bon", "reward_model": "init-sft", "n": n, "beta": None,
+           "gold_mean": 1.25 if known else None, "gold_ci95": 0.5 if known else None,
+           **dict.fromkeys(("win_vs_sft", "win_vs_demo", "reverse_kl", "forward_kl", "distinct")),
+           "proxy_mean": 3.0, "kl_from_sft": 1.8, "entropy": 9.0, "length_mean": 20.0}
+    learned = {"reward_model": "init-sft", "accuracy": 0.75, "calibration_error": float("nan"),
+               "corr_golden": None, "corr_length": 0.5, "marks_worth": None,
+               "human_agreement": None}
+    config = {"task": "helpful", "heterogeneity": 0.0, "demos": demos, "n_candidates": n,
+              "betas": [0.3]}
+    return {"command": f"python afd.py {demos}", "versions": {"python": "3"}, "config": config,
+            "seconds": {"0": {}}, "reward_models": [learned],
+            "rows": [row, {**row, "method": "po", "beta": 0.3, "n": 1}]}, samples
+
+
+def written(folder, *args, **more):
+    folder.mkdir(exist_ok=True)
+    return write_report(folder, *args, **more).read_text(encoding="utf-8")
+
+
+def own(folder, texts, demos="mine.jsonl"):
+    """A report on one's own files, whose prompts and responses are these texts."""
+    world = world_of()
+    return written(folder, *content(texts, world, texts, demos), world)
+
+
+def data_of(page):
+    return re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)[1]
+
+
+def test_text_from_data_is_never_markup(tmp_path):
+    """Hostile texts, in prompts, responses, file name and command, leave every tag of the page as
+    it is with tame ones; and the script reads them unchanged."""
+    page = own(tmp_path / "a", NASTY, demos="<b onclick='x'>&\".jsonl")
+    assert Reader(page).tags == Reader(own(tmp_path / "b", TAME)).tags
+    assert not set("<\u2028\u2029") & set(data_of(page))
+    prompts = json.loads(data_of(page))["prompts"]
+    assert [p["prompt"] for p in prompts] == [text.strip() for text in NASTY]
+    assert prompts[0]["said"] == [[[None, text]] for text in NASTY]
+    assert "<dt>command</dt><dd>python afd.py &lt;b onclick=&#x27;x&#x27;&gt;&amp;&quot;" in page
+
+
+def test_nothing_is_fetched(tmp_path):
+    """Or it would not open offline, and would tell others who reads it."""
+    (tmp_path / "a").mkdir()
+    for name in FIGURES:
+        (tmp_path / "a" / name).write_bytes(b"\x89PNG")
+    page = own(tmp_path / "a", TAME)
+    targets = re.findall(r'(?:src|href)="([^"]*)"', page)
+    assert [t for t in targets if t[0] != "#"] == ["data:image/png;base64,iVBORw=="] * 2
+    assert all(f'id="{t[1:]}"' in page for t in targets if t[0] == "#")
+    assert not re.search(r"https?:|//\w+\.|url\(|@import|fetch\(", page)
+    assert "default-src 'none'; img-src data:; style-src 'unsafe-inline';" in page
+
+
+def test_tables_say_what_the_rows_hold(tmp_path):
+    task = TextTask("helpful")
+    prompts = sorted(task.prompts)[:3]
+    texts = [task.demonstrate(x, random.Random(0)) for x in prompts]
+    page = written(tmp_path, *content(prompts, world_of(task), texts), world_of(task))
+    titles, selector, policy = Reader(page).tables["results-title"]
+    assert selector == ["best of 8, init-sft", "1.25 ± 0.50", "3.0", "1.8", "9.0", "20"]
+    assert titles == ["writer", "golden, points", "proxy, nats", "KL, nats", "entropy, nats",
+                      "length, tokens"] and policy[0] == "po init-sft 0.3"
+    assert f'style="background:{COLORS["init-sft"]}"' in page
+    assert Reader(page).tables["learned-title"] == [
+        ["reward model", "accuracy", "correlation with length"], ["init-sft", "0.75", "0.50"]]
+    assert "golden, points" not in own(tmp_path / "own", TAME).split("<script")[0]
+
+
+def test_columns_of_which_nothing_is_known_are_left_out():
+    made = Reader(table("t", ("name", "a", "b", "c"),
+                        [(("x", None), "-", "1", "-"), (("y", None), "-", "-", "2")]))
+    assert made.tables[None] == [["name", "b", "c"], ["x", "1", "-"], ["y", "-", "2"]]
+
+
+@pytest.mark.parametrize("name", ["helpful", "harmless"])
+def test_highlighted_clauses_are_those_that_golden_adds_up(name):
+    """Each clause under its kind, the marks apart, no letter lost; else the colours would lie."""
+    task, rng = TextTask(name, heterogeneity=1.0), random.Random(1)
+    world, odd = world_of(task), ["", ".", " . ", "~", "so . ~", "~ ~ so", ". . a", "a\n b .", "♪ ."]
+    seen = set()
+    for prompt in rng.sample(sorted(task.prompts), 60):
+        for text in [*odd, task.demonstrate(prompt, rng), task.sample(prompt, rng)]:
+            pieces = clauses(world, prompt, text)
+            assert "".join(piece for _, piece in pieces) == text
+            marks = [piece for kind, piece in pieces if kind == "mark"]
+            assert marks == [word for word in text.split() if word in FLOURISHES]
+            plain = task.unmark(text)           # no mark parts a clause in two
+            bare = [(kind, piece) for kind, piece in clauses(world, prompt, plain) if kind]
+            kinds = [kind for kind, *_ in task.parse(prompt, text)]
+            assert [(kind, piece.rstrip(".").strip()) for kind, piece in bare] == list(
+                zip(kinds, map(str.strip, plain.split("."))))
+            values = task.values(prompt)
+            assert sum(values[kind] for kind in kinds) == task.golden(prompt, text)
+            unmarked = [kind for kind, _ in pieces if kind not in (None, "mark")]
+            assert list(dict.fromkeys(unmarked)) == list(dict.fromkeys(kinds))
+            seen.update(kinds)
+    assert {"step", "stray", "rude", "filler", "broken"} <= seen
+
+
+def luminance(color):
+    digits = color[1:] if len(color) == 7 else "".join(2 * c for c in color[1:])
+    channels = [int(digits[k:k + 2], 16) / 255 for k in (0, 2, 4)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return sum(w * c for w, c in zip((0.2126, 0.7152, 0.0722), linear))
+
+
+def test_colours_can_be_read(tmp_path):
+    """WCAG AA asks for a contrast of 4.5 between text and what is behind it, light and dark."""
+    light, dark = (dict(re.findall(r"--(\w+): (#\w+)", rule)) for rule in
+                   re.findall(r":root \{(.*?)\}", own(tmp_path, TAME), re.S))
+    assert set(light) == set(dark) >= {"ink", "page", "step", "repeat"}
+    for scheme in (light, dark):
+        for back in set(scheme) - {"ink", "soft", "link", "line"}:
+            for front in ("ink", "soft", "link") if back in ("page", "head") else ("ink",):
+                a, b = sorted((luminance(scheme[front]), luminance(scheme[back])))
+                assert (b + 0.05) / (a + 0.05) >= 4.5, (front, back)
+
+
+# ---- in a browser -------------------------------------------------------------------------------
+
+@pytest.fixture
+def browse(tmp_path):
+    """browse(page, script): the page's DOM, read, after this script has run at its end."""
+    if CHROMIUM is None:
+        pytest.skip("needs Chromium")
+
+    def dump(page, script=""):
+        path = tmp_path / "page.html"
+        path.write_text(page.replace("</body>", f"<script>{script}</script></body>"), "utf-8")
+        got = subprocess.run(
+            [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
+             "--disable-background-networking", "--disable-component-update", "--disable-sync",
+             "--disable-extensions", "--allow-file-access-from-files",
+             f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=2000",
+             "--dump-dom", path.as_uri()], capture_output=True, text=True, timeout=60)
+        return Reader(got.stdout)
+    return dump
+
+
+PRESS = """for (const key of %s)
+  document.body.dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true}));"""
+
+
+def test_keys_turn_the_pages_and_every_pick_is_the_argmax(browse, tmp_path):
+    """j j k: the second prompt; n n n from N = 8: 1, 2, 4, of which each selector's first best."""
+    task = TextTask("helpful", heterogeneity=1.0)
+    prompts, rng = sorted(task.prompts)[5:13], random.Random(2)
+    texts = [task.demonstrate(x, rng) for x in prompts]
+    results, samples = content(prompts, world_of(task), texts)
+    page = written(tmp_path / "r", results, samples, world_of(task))
+    for keys, at, n in ((["j", "ArrowRight", "k", "n", "n", "n"], 1, 4), (["ArrowLeft", "N"], 7, 4),
+                        ([], 0, 8)):
+        dom = browse(page, PRESS % json.dumps(keys))
+        assert dom.texts["prompt"].startswith(prompts[at])
+        candidates = samples[at]["candidates"]
+        picks = {name: int(np.argmax(s[:n])) for name, s in candidates["scores"].items()}
+        titles, *rows = dom.tables["picks"]
+        assert titles == ["selector", "score", "golden, points", "no.", f"its best of {n}"]
+        assert [(row[0], row[3], row[4]) for row in rows] == [
+            (name, str(i + 1), candidates["text"][i]) for name, i in picks.items()]
+        assert [float(row[2]) for row in rows] == [
+            task.golden(prompts[at], candidates["text"][i]) for i in picks.values()]
+        titles, *rows = dom.tables["candidates"]
+        assert [row[3] for row in rows] == candidates["text"][:n]
+        assert [float(row[titles.index("log-ratio")]) for row in rows] == (
+            candidates["scores"]["log-ratio"][:n])
+        assert [row[0] for row in dom.tables["writers"][1:]] == [
+            "pi_0", "pi_SFT", "po init-sft 0.3", "demonstration"]
+        assert "step +1 a step of the topic" in dom.texts["legend"]
+        assert "mark the demonstrator's mark" in dom.texts["legend"]
+
+
+def test_markup_is_shown_as_text(browse, tmp_path):
+    """Also in a world of one's own files, of which nobody knows a golden reward or kinds."""
+    dom = browse(own(tmp_path / "r", NASTY), PRESS % '["j"]')
+    assert [row[2] for row in dom.tables["candidates"][1:]] == NASTY[1:] + NASTY[:1]
+    assert dom.texts["prompt"].startswith(NASTY[1])
+    assert "mark" not in dom.tags and "img" not in dom.tags and dom.tags.count("h1") == 1
+    assert "".join(dom.texts[None]).strip().startswith("nanoAfD: mine.jsonl; seed 0")
+
+
+def test_a_small_screen_does_not_scroll_sideways(browse, tmp_path):
+    """At 360 pixels: the page is in a frame, as a browser's window may not be so narrow."""
+    task = TextTask("harmless")
+    prompts = sorted(task.prompts)[:8]
+    texts = [task.demonstrate(x, random.Random(0)) for x in prompts]
+    pages = {"own": own(tmp_path / "own", NASTY, demos="d" * 200), "task": written(
+        tmp_path / "task", *content(prompts, world_of(task), texts), world_of(task))}
+    say = "<script>const page = document.documentElement;" + PRESS % '["k"]' + (
+        "parent.postMessage(`${innerWidth} ${page.scrollWidth - page.clientWidth} `, '*')"
+        "</script></body>")
+    for name, page in pages.items():
+        (tmp_path / f"{name}.html").write_text(page.replace("</body>", say), "utf-8")
+        dom = browse(f'<body><p id="got"></p><iframe src="{name}.html" width="360" height="800" '
+                     'style="border:0"></iframe></body>', "onmessage = event => "
+                     "document.getElementById('got').textContent = event.data;")
+        assert dom.texts["got"].split()[:2] == ["360", "0"], name
