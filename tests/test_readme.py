@@ -1,5 +1,6 @@
 """The README promises what the committed results hold: every number, link and command in it."""
 
+import importlib
 import importlib.util
 import json
 import re
@@ -75,3 +76,15 @@ def test_commands_parse():
     assert seen >= 6
     for module in re.findall(r"python -m (toy_envs\.\w+)", README):
         assert (ROOT / (module.replace(".", "/") + ".py")).is_file()
+
+
+def test_equations_lead_to_functions_and_tests():
+    """Each row of the table from equation to function to test names things that exist."""
+    rows = re.findall(r"^\| .* \| (`[\w.]+`.*) \| `(test_\w+)` \|$", README, re.M)
+    assert len(rows) >= 10
+    written = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("*.py"))
+    for functions, test in rows:
+        assert f"def {test}(" in written, test
+        for name in re.findall(r"`([\w.]+)`", functions):
+            module, _, attribute = name.rpartition(".")
+            assert hasattr(importlib.import_module(module), attribute), name
