@@ -1,23 +1,25 @@
 """How fast it is: ours beside plain and transformers' code on the same inputs, in one run.
 
-    python tests/bench.py                              every part, about 20 minutes on two cores
+    python tests/bench.py                              every part
     python tests/bench.py --parts train,sample --size toy
 
     train    a training step: `plain` is nanoGPT's (logits at every position, AdamW as torch has it)
     sample   `recompute` encodes the whole sequence anew for each token; `transformers` has a cache
-    score    rewards of a prompt's candidates; `trunk` is a bare forward pass of the same tokens
+    score    rewards of prompts' candidates; `trunk` is a bare forward pass of the same tokens
     scaling  time and memory against N, prompts and tokens: bench.png
     afd      `python afd.py`, stage by stage
 
 The implementations take turns; a ratio is another's time over ours, the median over the rounds.
-The models are random, so no response ends early: all write the same number of tokens. Memory is
-the peak of a process of its own, less what it held before the model was made; on CUDA that of the
-allocator. The dtype is float32 everywhere.
+The models are random, nothing ends a response: all write the same number of tokens. Memory is the
+peak of a process of its own less what it held before the model was made; on CUDA, the allocator's.
 """
 
+import importlib.metadata
 import importlib.util
 import json
+import math
 import multiprocessing
+import os
 import platform
 import random
 import resource
@@ -27,9 +29,11 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -37,25 +41,17 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))       # this script lives in tests/
 
 import train                                                                    # noqa: E402
-from model import GPT, GPTConfig, InputError, collate, write_json               # noqa: E402
+from model import (GPT, GPTConfig, InputError, collate, sample_responses,       # noqa: E402
+                   write_json)
 from reward import RewardModel, score                                           # noqa: E402
+from toy_envs.figures import pyplot, save_figure                                # noqa: E402
 from train import setting                                                       # noqa: E402
-
-PARTS = ("train", "sample", "score", "scaling", "afd")
-# The project's aims: another's time over ours, on two CPU cores. (part, size, case, other)
-GOALS = {("train", "toy", "step", "plain"): 1.1, ("train", "toy", "step", "transformers"): 1.5,
-         ("train", "gpt2", "step", "plain"): 1.0, ("train", "gpt2", "step", "transformers"): 1.0,
-         ("sample", "toy", "128x1, 8+56", "recompute"): 12.0,
-         ("sample", "toy", "128x1, 8+56", "transformers"): 3.0,
-         ("sample", "gpt2", "4x1, 32+64", "transformers"): 1.3}
-GOALS |= {("score", size, case, "trunk"): 1.0
-          for size, case in (("toy", "64x16, 8+8-48"), ("gpt2", "2x4, 192+16-64"))}
 
 
 @dataclass
 class Settings:
     """Throughput and memory beside a plain implementation and transformers, on the same inputs."""
-    parts: str = setting(",".join(PARTS), "which parts, with commas")
+    parts: str = setting("train,sample,score,scaling,afd", "which parts, with commas")
     size: str = setting("toy,gpt2", "model sizes for train, sample and score, with commas")
     repeats: int = setting(7, "rounds at the toy size; GPT-2 on a CPU gets 3 at most")
     device: str = setting("auto", "auto, cpu or cuda")
@@ -63,41 +59,32 @@ class Settings:
     out: str = setting("out/bench", "folder for bench.json and bench.png")
 
 
-@dataclass
-class Size:
-    """A model and its inputs. sample: (prompts, candidates each, prompt length, new tokens)."""
-    config: GPTConfig
-    batch_size: int
-    steps: int                  # training steps in one timing
-    prompt: tuple               # training pairs: shortest and longest prompt, then response
-    response: tuple
-    sample: tuple
-    score: tuple                # prompts, candidates each, prompt length, shortest, longest
-
-
+# The models; {shape of a case: the project's aims for its ratios on two CPU cores}, by part:
+#   train   items a step, steps, shortest and longest prompt, shortest and longest response
+#   sample  prompts, candidates of each, prompt length, new tokens
+#   score   prompts, candidates of each, prompt length, shortest and longest response
 SIZES = {
-    "toy": Size(GPTConfig(512, 64, 96, 3, 4), 16, 32, (8, 16), (12, 28),
-                ((1, 1, 8, 56), (128, 1, 8, 56), (1024, 1, 8, 56), (1, 1, 48, 16),
-                 (128, 1, 48, 16), (8, 16, 48, 16)), (64, 16, 8, 8, 48)),
-    "gpt2": Size(GPTConfig(50257, 256, 768, 12, 12), 8, 1, (0, 0), (256, 256),
-                 ((1, 1, 32, 64), (4, 1, 32, 64), (4, 1, 192, 64), (1, 8, 192, 32)),
-                 (2, 4, 192, 16, 64)),
+    "toy": (GPTConfig(512, 64, 96, 3, 4), {
+        "train": {(16, 32, 8, 16, 12, 28): {"plain": 1.1, "transformers": 1.5}},
+        "sample": {(1, 1, 8, 56): {}, (128, 1, 8, 56): {"recompute": 12.0, "transformers": 3.0},
+                   (1024, 1, 8, 56): {}, (1, 1, 48, 16): {}, (128, 1, 48, 16): {},
+                   (8, 16, 48, 16): {}},
+        "score": {(64, 16, 8, 8, 48): {"trunk": 1.0}, (64, 16, 40, 8, 24): {"trunk": 1.0}}}),
+    "gpt2": (GPTConfig(50257, 256, 768, 12, 12), {
+        "train": {(8, 1, 0, 0, 256, 256): {"plain": 1.0, "transformers": 1.0}},
+        "sample": {(1, 1, 32, 64): {}, (4, 1, 32, 64): {"transformers": 1.3},
+                   (4, 1, 192, 64): {}, (1, 8, 192, 32): {}},
+        "score": {(2, 4, 192, 16, 64): {"trunk": 1.0}}}),
 }
+TRANSFORMERS = (importlib.metadata.version("transformers")
+                if importlib.util.find_spec("transformers") else None)
+# Dense bf16 peaks in FLOP/s by card name, the first that fits; from NVIDIA's data sheets (those of
+# H100, H200 and L4 print twice as much, with sparsity).
+PEAKS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12,
+         "NVIDIA L4": 121e12}
 
 
-@dataclass
-class Case:
-    """What is measured: make[name]() builds an implementation, a function of no arguments."""
-    part: str
-    size: str
-    name: str
-    tokens: int                 # of one call, for the throughput
-    make: dict
-    memory: bool = True
-    flops: float = 0.0          # of one call: the model's, not the implementation's
-
-
-# ---- the implementations ------------------------------------------------------------------------
+# ---- the implementations: (tokens of a call, its FLOPs or 0, {name: how to make a function}) -----
 
 def gpt(config, device):
     torch.manual_seed(0)
@@ -108,19 +95,15 @@ def hugging_face(config, device, head="AutoModelForCausalLM"):
     """transformers' GPT-2 of the same size, without dropout and without an end of text."""
     import transformers
     transformers.logging.set_verbosity_error()
-    torch.manual_seed(0)
     theirs = transformers.GPT2Config(
         vocab_size=config.vocab_size, n_positions=config.n_positions, n_embd=config.n_embd,
         n_layer=config.n_layer, n_head=config.n_head, resid_pdrop=0.0, embd_pdrop=0.0,
-        attn_pdrop=0.0, bos_token_id=None, eos_token_id=None, pad_token_id=None)
+        attn_pdrop=0.0, bos_token_id=None, eos_token_id=None)
     return getattr(transformers, head).from_config(theirs, attn_implementation="sdpa").to(device)
 
 
-def random_pairs(rng, count, vocab_size, prompt, response):
-    """Pairs of random ids, their lengths uniform in the ranges (shortest, longest)."""
-    def ids(lengths):
-        return [rng.randrange(vocab_size) for _ in range(rng.randint(*lengths))]
-    return [(ids(prompt), ids(response)) for _ in range(count)]
+def random_ids(rng, config, shortest, longest):
+    return [rng.randrange(config.vocab_size) for _ in range(rng.randint(shortest, longest))]
 
 
 def labels_of(batch):
@@ -128,220 +111,261 @@ def labels_of(batch):
 
 
 def plain_loss(model, batch):
-    logits = model(batch.tokens)[:, :-1]
-    return F.cross_entropy(logits.flatten(0, 1), labels_of(batch)[:, 1:].flatten(),
-                           ignore_index=-100)
+    logits, labels = model(batch.tokens)[:, :-1], labels_of(batch)[:, 1:]
+    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
 
 
 def transformers_loss(model, batch):
+    # without an attention mask, which padding on the right does not need: their fastest
     return model(batch.tokens, labels=labels_of(batch), use_cache=False).loss
 
 
-def plain_steps(model, loss_fn, batches, device):
+def plain_loop(model, loss_fn, batches, device):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     for items in batches:
-        loss = loss_fn(model, collate([pair for (pair,) in items], device))
-        loss.backward()
+        loss_fn(model, collate([pair for (pair,) in items], device)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
 
-def train_cases(name, size, device):
-    """A whole short run of `fit` against the same batches in a plain loop, new optimisers each."""
-    config, rng = size.config, random.Random(0)
-    items = [(pair,) for pair in random_pairs(rng, size.steps * size.batch_size, config.vocab_size,
-                                              size.prompt, size.response)]
-    batches = train.length_batches(items, size.batch_size, random.Random(0))
+def train_case(config, device, batch_size, steps, *ranges):
+    """A short run of `fit` against the same batches in a plain loop; each makes its optimiser."""
+    rng = random.Random(0)
+    items = [((random_ids(rng, config, *ranges[:2]), random_ids(rng, config, *ranges[2:])),)
+             for _ in range(steps * batch_size)]
+    batches = train.length_batches(items, batch_size, random.Random(0))
 
     def ours():
-        model, schedule = gpt(config, device), train.Schedule(batch_size=size.batch_size)
-        return lambda: train.fit(model, items, train.nll_loss, schedule, random.Random(0))
-
-    def loop(model, loss_fn):
-        return lambda: plain_steps(model, loss_fn, batches, device)
-    make = {"ours": ours, "plain": lambda: loop(gpt(config, device), plain_loss),
-            "transformers": lambda: loop(hugging_face(config, device), transformers_loss)}
-    lengths = [train.item_length(item) for item in items]
-    return [Case("train", name, "step", sum(lengths), make,
-                 flops=sum(step_flops(config, T) for T in lengths))]
-
-
-def step_flops(config, T):
-    """FLOPs of a training step on a sequence of T tokens: (6 N + 12 L D T) T, N the parameters
-    but for the positions. Source: arXiv:2204.02311, appendix B."""
-    D, L = config.n_embd, config.n_layer
+        return partial(train.fit, gpt(config, device), items, train.nll_loss,
+                       train.Schedule(batch_size=batch_size), random.Random(0))
+    make = {"ours": ours,
+            "plain": lambda: partial(plain_loop, gpt(config, device), plain_loss, batches, device),
+            "transformers": lambda: partial(plain_loop, hugging_face(config, device),
+                                            transformers_loss, batches, device)}
+    # (6 N + 12 L D T) T for T tokens, N the parameters but for the positions (arXiv:2204.02311, B)
+    lengths, D, L = [train.item_length(item) for item in items], config.n_embd, config.n_layer
     N = config.vocab_size * D + L * (12 * D * D + 13 * D) + 2 * D
-    return (6 * N + 12 * L * D * T) * T
+    return sum(lengths), sum((6 * N + 12 * L * D * T) * T for T in lengths), make
 
 
 @torch.inference_mode()
 def recompute(model, prompts, new):
-    """The sampler without a cache: the whole sequence again for every token (nanoGPT's)."""
-    idx = prompts
+    """nanoGPT's sampler: the whole sequence again for each token, logits at its end alone."""
     for _ in range(new):
-        logits = model.logits(model.hidden(idx)[:, -1])
-        idx = torch.cat([idx, torch.multinomial(logits.softmax(-1), 1)], 1)
-    return idx
+        logits = model.logits(model.hidden(prompts)[:, -1])
+        prompts = torch.cat([prompts, torch.multinomial(logits.softmax(-1), 1)], 1)
+    return prompts
 
 
-def sample_case(name, config, device, shape):
-    B, n, T, new = shape
-    prompts = torch.randint(config.vocab_size, (B, T), generator=torch.Generator().manual_seed(0))
-    prompts = prompts.to(device)
-
-    def ours():
-        model = gpt(config, device)
-        return lambda: model.generate(prompts, new, n=n)[0]
-
-    def plain():
-        model, repeated = gpt(config, device), prompts.repeat_interleave(n, 0)
-        return lambda: recompute(model, repeated, new)[:, T:]
+def sample_case(config, device, P, n, T, new):
+    rng = random.Random(0)
+    prompts = torch.tensor([random_ids(rng, config, T, T) for _ in range(P)], device=device)
 
     def theirs():
         from transformers import GenerationConfig
-        model = hugging_face(config, device)
         how = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, use_cache=True,
                                max_new_tokens=new, num_return_sequences=n, pad_token_id=0)
-        return lambda: model.generate(prompts, attention_mask=torch.ones_like(prompts),
-                                      generation_config=how)[:, T:]
-    make = {"ours": ours, "recompute": plain, "transformers": theirs}
-    if name == "gpt2" or B * n > 128:       # minutes, and nothing new learned
+        return partial(hugging_face(config, device).generate, prompts, generation_config=how,
+                       attention_mask=torch.ones_like(prompts))
+    make = {"ours": lambda: partial(gpt(config, device).generate, prompts, new, n=n),
+            "recompute": lambda: partial(recompute, gpt(config, device),
+                                         prompts.repeat_interleave(n, 0), new),
+            "transformers": theirs}
+    if config.n_embd > 96 or P * n > 128:       # it would take minutes, to show nothing new
         del make["recompute"]
-    return Case("sample", name, f"{B}x{n}, {T}+{new}", B * n * new, make, memory=B * n in (4, 128))
+    return P * n * new, 0, make
 
 
-def sample_cases(name, size, device):
-    return [sample_case(name, size.config, device, shape) for shape in size.sample]
+@torch.inference_mode()
+def forward_pass(trunk, pairs, device):
+    """The batches that `score` makes, by length and 256 at a time, through a bare trunk."""
+    pairs = sorted(pairs, key=lambda pair: len(pair[0]) + len(pair[1]))
+    for i in range(0, len(pairs), 256):
+        trunk(collate(pairs[i:i + 256], device).tokens)
+
+
+def score_case(config, device, P, n, T, *response):
+    rng = random.Random(0)
+    prompts = [random_ids(rng, config, T, T) for _ in range(P)]
+    pairs = [(prompt, random_ids(rng, config, *response)) for prompt in prompts for _ in range(n)]
+    make = {"ours": lambda: partial(score, RewardModel(gpt(config, device)), pairs, device),
+            "trunk": lambda: partial(forward_pass, gpt(config, device).hidden, pairs, device),
+            "transformers": lambda: partial(forward_pass, hugging_face(config, device, "AutoModel"),
+                                            pairs, device)}
+    return sum(len(x) + len(y) for x, y in pairs), 0, make
+
+
+CASES = {"train": train_case, "sample": sample_case, "score": score_case}
 
 
 # ---- measuring ----------------------------------------------------------------------------------
 
-def available(case):
-    """The implementations that can run here."""
-    there = importlib.util.find_spec("transformers") is not None
-    return [name for name in case.make if there or name != "transformers"]
-
-
-def seconds(function, device):
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    function()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
 def take_turns(functions, repeats, device):
-    """{name: seconds of each round}: A B C, A B C, ... after one round to warm up."""
+    """{name: seconds of each round}: A B C, A B C, ... after a round to warm up."""
+    wait = torch.accelerator.synchronize if device.type != "cpu" else lambda: None
     times = {name: [] for name in functions}
-    for round in range(repeats + 1):
+    for _ in range(repeats + 1):
         for name, function in functions.items():
-            took = seconds(function, device)
-            if round > 0:
-                times[name].append(took)
-    return times
-
-
-def cases_of(part, size, device):
-    make = {"train": train_cases, "sample": sample_cases}[part]
-    return make(size, SIZES[size], device)
+            wait()
+            start = time.perf_counter()
+            function()
+            wait()
+            times[name].append(time.perf_counter() - start)
+    return {name: took[1:] for name, took in times.items()}
 
 
 def peak_rss():
     """The process's largest resident memory so far, MB."""
     status = Path("/proc/self/status")
-    if status.exists():     # Linux: ru_maxrss there starts from the parent's, across fork and exec
+    if status.exists():     # Linux: ru_maxrss there starts at the parent's, through fork and exec
         return int(status.read_text().split("VmHWM:")[1].split()[0]) / 2 ** 10
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2 ** 20 if sys.platform == "darwin" else 2 ** 10)
 
 
-def probe(part, size, index, name, device):
-    """Peak memory in MB of one call of one implementation; run in a process of its own."""
-    device = torch.device(device)
-    if name == "transformers":
-        import transformers     # noqa: F401   counts as held before
+def peak_of(make, device):
+    """Peak memory, MB, of making a function and calling it; for a process of its own."""
     held = peak_rss()
-    cases_of(part, size, device)[index].make[name]()()
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2 ** 20
-    return peak_rss() - held
+    make()()
+    cuda = device.type == "cuda"
+    return torch.cuda.max_memory_allocated() / 2 ** 20 if cuda else peak_rss() - held
+
+
+def probe_case(part, size, shape, name, device):
+    if TRANSFORMERS:    # all hold the same code before
+        from transformers import GenerationConfig, GPT2LMHeadModel      # noqa: F401
+    return peak_of(CASES[part](SIZES[size][0], device, *shape)[2][name], device)
+
+
+def probe_best(n, rows, device):
+    return peak_of(lambda: partial(best_of_n, toy_reward(device), 1, n, rows), device)
 
 
 def apart(function, *args):
     """function(*args) in a fresh process."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *args).result()
 
 
-def measure(part, size, repeats, device, memory):
-    """Records of a part at one size, a row for each case and implementation."""
-    records = []
-    for index, case in enumerate(cases_of(part, size, device)):
-        names = available(case)
-        peaks = {name: apart(probe, part, size, index, name, str(device))
-                 for name in names if memory and case.memory}
-        times = take_turns({name: case.make[name]() for name in names}, repeats, device)
-        for name in names:
-            median = statistics.median(times[name])
-            ratio = statistics.median(t / own for t, own in zip(times[name], times["ours"]))
-            records.append({
-                "part": part, "size": size, "case": case.name, "name": name, "seconds": median,
-                "min": min(times[name]), "max": max(times[name]), "rounds": len(times[name]),
-                "tokens": case.tokens, "tokens_per_second": case.tokens / median, "ratio": ratio,
-                "goal": GOALS.get((part, size, case.name, name)), "peak_mb": peaks.get(name),
-                "mfu": utilisation(case.flops / median, device)})
-            print_record(records[-1])
+def measure(part, size, shape, goals, repeats, device, memory):
+    """Compare the implementations of one case: a record of each."""
+    tokens, flops, make = CASES[part](SIZES[size][0], device, *shape)
+    names = [name for name in make if name != "transformers" or TRANSFORMERS]
+    peaks = {name: apart(probe_case, part, size, shape, name, device)
+             for name in names if memory and goals}
+    times, records = take_turns({name: make[name]() for name in names}, repeats, device), []
+    for name, took in times.items():
+        median = statistics.median(took)
+        ratio = statistics.median(t / own for t, own in zip(took, times["ours"]))
+        records.append({"part": part, "size": size, "shape": "-".join(map(str, shape)),
+                        "name": name, "seconds": median, "min": min(took), "max": max(took),
+                        "tokens": tokens, "tokens/s": tokens / median, "ratio": ratio,
+                        "goal": goals.get(name), "peak_mb": peaks.get(name),
+                        "mfu": utilisation(flops / median, device)})
+        print_record(records[-1])
     return records
-
-
-HEAD = (f"{'':7}{'':6}{'':17}{'':13}{'median s':>10}{'min':>9}{'max':>9}{'tokens/s':>11}{'ratio':>7}"
-        f"{'goal':>6}{'peak MB':>9}{'MFU':>6}")
-
-
-def print_record(r):
-    def shown(key, form):
-        return "-" if r[key] is None else format(r[key], form)
-    print(f"{r['part']:7}{r['size']:6}{r['case']:17}{r['name']:13}{r['seconds']:>10.4f}"
-          f"{r['min']:>9.4f}{r['max']:>9.4f}{r['tokens_per_second']:>11,.0f}{r['ratio']:>7.2f}"
-          f"{shown('goal', '.1f'):>6}{shown('peak_mb', '.0f'):>9}{shown('mfu', '.1%'):>6}",
-          flush=True)
-
-
-# Dense bf16 peaks in FLOP/s by card name, the first that fits; from NVIDIA's data sheets (those of
-# H100, H200 and L4 give twice as much, with sparsity). float32 cannot reach them.
-PEAKS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12,
-         "NVIDIA L4": 121e12}
 
 
 def utilisation(flops_per_second, device):
     """Model FLOPs utilisation: the share of the card's peak; None on a CPU or an unknown card."""
-    if device.type != "cuda" or not flops_per_second:
-        return None
-    card = torch.cuda.get_device_name()
+    card = torch.cuda.get_device_name() if device.type == "cuda" and flops_per_second else ""
     return next((flops_per_second / peak for name, peak in PEAKS.items() if name in card), None)
+
+
+COLUMNS = {"part": "7", "size": "5", "shape": "17", "name": "13", "seconds": ">9.4f",
+           "min": ">9.4f", "max": ">9.4f", "tokens/s": ">10,.0f", "ratio": ">7.2f",
+           "goal": ">6.1f", "peak_mb": ">9.0f", "mfu": ">6.1%"}
+
+
+def print_record(record):
+    print("".join(format("-", form.split(".")[0].rstrip(",")) if record[key] is None else
+                  format(record[key], form) for key, form in COLUMNS.items()), flush=True)
+
+
+# ---- how the cost grows, and a whole run --------------------------------------------------------
+
+def toy_reward(device):
+    return RewardModel(gpt(SIZES["toy"][0], device))
+
+
+def best_of_n(reward, P, n, rows):
+    """The best reward of n candidates for each of P prompts, `rows` of a prompt's at a time."""
+    trunk, rng, best = reward.trunk, random.Random(0), -math.inf
+    prompts = [random_ids(rng, trunk.config, 8, 8) for _ in range(P)]
+    for start in range(0, n, rows):
+        responses = sample_responses(trunk, prompts, min(rows, n - start), 32, None, None)
+        pairs = [(prompt, y) for prompt, ys in zip(prompts, responses) for y in ys]
+        best = np.maximum(best, score(reward, pairs, train.device_of(trunk)).reshape(P, -1).max(1))
+    return best
+
+
+def scaling(repeats, device):
+    """{x axis: {line: {x: seconds, or MB}}} at the toy size (with 512 positions for the tokens)."""
+    reward, long = toy_reward(device), gpt(replace(SIZES["toy"][0], n_positions=512), device)
+    start, powers = torch.zeros(16, 8, dtype=torch.long, device=device), [2 ** i for i in range(13)]
+    jobs = {"N, of one prompt": {"sample, score": {
+                n: partial(best_of_n, reward, 1, n, 256) for n in powers}},
+            "prompts, 16 candidates each": {"sample, score": {
+                P: partial(best_of_n, reward, P, 16, 16) for P in powers[:9]}},
+            "new tokens, 16 rows": {
+                "cache": {t: partial(long.generate, start, t) for t in powers[4:9]},
+                "recompute": {t: partial(recompute, long, start, t) for t in powers[4:9]}}}
+    curves = {x: {line: {n: statistics.median(took) for n, took
+                         in take_turns(points, repeats, device).items()}
+                  for line, points in lines.items()} for x, lines in jobs.items()}
+    curves["N, peak memory"] = {line: {n: apart(probe_best, n, rows or n, device)
+                                       for n in powers[8:]}
+                                for line, rows in (("256 at a time", 256), ("at once", 0))}
+    return curves
+
+
+def slope(points):
+    """d log y / d log x by least squares over the upper half of the points: 1 is linear."""
+    upper = sorted(points)[len(points) // 2:]
+    return statistics.linear_regression([math.log(x) for x in upper],
+                                        [math.log(points[x]) for x in upper]).slope
+
+
+def draw_scaling(curves, path):
+    """One log-log panel for each x axis; slopes in the legends."""
+    figure, axes = pyplot().subplots(1, len(curves), figsize=(13, 3.2))
+    for axis, (x, lines) in zip(axes, curves.items()):
+        for line, points in lines.items():
+            axis.plot(*zip(*points.items()), "o-", markersize=3,
+                      label=f"{line}: slope {slope(points):.2f}")
+        axis.set(xscale="log", yscale="log", xlabel=x,
+                 ylabel="MB" if "memory" in x else "seconds")
+        axis.legend()
+    return save_figure(figure, path)
+
+
+def afd_seconds(device):
+    """Seconds of each stage of `python afd.py`, and of all of it by the clock."""
+    with tempfile.TemporaryDirectory() as out:
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "afd.py", "--out", out, "--device", str(device)], cwd=ROOT,
+                       stdout=subprocess.DEVNULL, check=True)
+        wall = time.perf_counter() - start
+        stages, = json.loads((Path(out) / "results.json").read_text())["seconds"].values()
+    return {**stages, "all": round(wall, 2)}
 
 
 def machine(device):
     """What the numbers depend on."""
-    cpu = platform.processor()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((line.split(": ")[1] for line in lines if line.startswith("model name")), cpu)
-    there = importlib.util.find_spec("transformers") is not None
-    return {"cpu": cpu, "threads": torch.get_num_threads(), "python": platform.python_version(),
-            "torch": torch.__version__, "device": str(device), "dtype": "float32",
+    info = Path("/proc/cpuinfo")
+    names = [line.split(": ")[1] for line in info.read_text().splitlines()
+             if line.startswith("model name")] if info.exists() else []
+    return {"cpu": names[0] if names else platform.processor(), "threads": torch.get_num_threads(),
+            "load": os.getloadavg()[0], "torch": torch.__version__, "transformers": TRANSFORMERS,
             "card": torch.cuda.get_device_name() if device.type == "cuda" else None,
-            "transformers": __import__("transformers").__version__ if there else None}
+            "device": str(device), "dtype": "float32"}
 
 
 def main(argv=None):
     s = train.parse_settings(Settings, argv)
     parts, sizes = s.parts.split(","), s.size.split(",")
-    for given, known in ((parts, PARTS), (sizes, SIZES)):
+    for given, known in ((parts, [*CASES, "scaling", "afd"]), (sizes, SIZES)):
         if not {*given} <= {*known}:
             raise InputError(f"{','.join(given)}: choose from {','.join(known)}")
     if s.repeats < 1:
@@ -349,13 +373,21 @@ def main(argv=None):
     device, out = train.choose_device(s.device), Path(s.out)
     out.mkdir(parents=True, exist_ok=True)
     results = {"config": asdict(s), "machine": machine(device), "records": []}
-    print(", ".join(f"{key} {value}" for key, value in results["machine"].items() if value))
-    print(HEAD)
-    for size in sizes:
+    print(results["machine"])
+    print("".join(format(key, form.split(".")[0].rstrip(",")) for key, form in COLUMNS.items()))
+    for size, part in ((size, part) for size in sizes for part in CASES if part in parts):
         repeats = min(s.repeats, 3) if size == "gpt2" and device.type == "cpu" else s.repeats
-        for part in (p for p in parts if p in ("train", "sample", "score")):
-            results["records"] += measure(part, size, repeats, device, s.memory)
+        for shape, goals in SIZES[size][1][part].items():
+            results["records"] += measure(part, size, shape, goals, repeats, device, s.memory)
             write_json(out / "bench.json", results)
+    if "scaling" in parts:
+        results["scaling"] = curves = scaling(min(s.repeats, 3), device)
+        print(f"scaling {draw_scaling(curves, out / 'bench.png')}")
+    if "afd" in parts:
+        results["afd"] = afd_seconds(device)
+        print("\n".join(f"afd     {stage:20}{took:>8.2f} s" for stage, took
+                        in results["afd"].items()))
+    write_json(out / "bench.json", results)
     print(out / "bench.json")
 
 
