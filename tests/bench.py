@@ -14,14 +14,13 @@ The models are random, nothing ends a response: all write the same number of tok
 peak of a process of its own less what it held before the model was made; on CUDA, the allocator's.
 """
 
-import importlib.metadata
-import importlib.util
 import json
 import math
 import multiprocessing
 import os
 import platform
 import random
+import re
 import resource
 import statistics
 import subprocess
@@ -31,6 +30,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -40,23 +40,22 @@ import torch.nn.functional as F
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))       # this script lives in tests/
 
-import train                                                                    # noqa: E402
-from model import (GPT, GPTConfig, InputError, collate, sample_responses,       # noqa: E402
-                   write_json)
-from reward import RewardModel, score                                           # noqa: E402
-from toy_envs.figures import pyplot, save_figure                                # noqa: E402
-from train import setting                                                       # noqa: E402
+import train                                                                # noqa: E402
+from model import (GPT, GPTConfig, InputError, claim_folder, collate,       # noqa: E402
+                   sample_responses, write_json)
+from reward import RewardModel, score                                       # noqa: E402
+from toy_envs.figures import pyplot, save_figure                            # noqa: E402
 
 
 @dataclass
 class Settings:
     """Throughput and memory beside a plain implementation and transformers, on the same inputs."""
-    parts: str = setting("train,sample,score,scaling,afd", "which parts, with commas")
-    size: str = setting("toy,gpt2", "model sizes for train, sample and score, with commas")
-    repeats: int = setting(7, "rounds at the toy size; GPT-2 on a CPU gets 3 at most")
-    device: str = setting("auto", "auto, cpu or cuda")
-    memory: bool = setting(True, "measure peak memory too: one more process for each number")
-    out: str = setting("out/bench", "folder for bench.json and bench.png")
+    parts: str = train.setting("train,sample,score,scaling,afd", "which parts, with commas")
+    size: str = train.setting("toy,gpt2", "model sizes for train, sample and score, with commas")
+    repeats: int = train.setting(7, "rounds at the toy size; GPT-2 on a CPU gets 3 at most")
+    device: str = train.setting("auto", "auto, cpu or cuda")
+    memory: bool = train.setting(True, "measure peak memory too: one more process for each number")
+    out: str = train.setting("out/bench", "folder for bench.json and bench.png")
 
 
 # The models; {shape of a case: the project's aims for its ratios on two CPU cores}, by part:
@@ -76,20 +75,20 @@ SIZES = {
                    (4, 1, 192, 64): {}, (1, 8, 192, 32): {}},
         "score": {(2, 4, 192, 16, 64): {"trunk": 1.0}}}),
 }
-TRANSFORMERS = (importlib.metadata.version("transformers")
-                if importlib.util.find_spec("transformers") else None)
+TRANSFORMERS = next((d.version for d in metadata.distributions(name="transformers")), None)
 # Dense bf16 peaks in FLOP/s by card name, the first that fits; from NVIDIA's data sheets (those of
 # H100, H200 and L4 print twice as much, with sparsity).
 PEAKS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12,
          "NVIDIA L4": 121e12}
 
 
+COLUMNS = [("part", 7, ""), ("size", 5, ""), ("shape", 17, ""), ("name", 13, ""),
+           ("seconds", ">9", ".4f"), ("min", ">9", ".4f"), ("max", ">9", ".4f"),
+           ("tokens/s", ">10", ",.0f"), ("ratio", ">7", ".2f"), ("goal", ">6", ".1f"),
+           ("peak_mb", ">9", ".0f"), ("mfu", ">6", ".1%")]
+
+
 # ---- the implementations: (tokens of a call, its FLOPs or 0, {name: how to make a function}) -----
-
-def gpt(config, device):
-    torch.manual_seed(0)
-    return GPT(config).to(device)
-
 
 def hugging_face(config, device, head="AutoModelForCausalLM"):
     """transformers' GPT-2 of the same size, without dropout and without an end of text."""
@@ -106,24 +105,17 @@ def random_ids(rng, config, shortest, longest):
     return [rng.randrange(config.vocab_size) for _ in range(rng.randint(shortest, longest))]
 
 
-def labels_of(batch):
-    return batch.tokens.masked_fill(~batch.response_mask(), -100)
-
-
-def plain_loss(model, batch):
-    logits, labels = model(batch.tokens)[:, :-1], labels_of(batch)[:, 1:]
-    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
-
-
-def transformers_loss(model, batch):
-    # without an attention mask, which padding on the right does not need: their fastest
-    return model(batch.tokens, labels=labels_of(batch), use_cache=False).loss
+def plain_loss(model, tokens, labels):
+    logits = model(tokens)[:, :-1].flatten(0, 1)
+    return F.cross_entropy(logits, labels[:, 1:].flatten(), ignore_index=-100)
 
 
 def plain_loop(model, loss_fn, batches, device):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     for items in batches:
-        loss_fn(model, collate([pair for (pair,) in items], device)).backward()
+        batch = collate([pair for (pair,) in items], device)
+        labels = batch.tokens.masked_fill(~batch.response_mask(), -100)
+        loss_fn(model, batch.tokens, labels).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -135,14 +127,17 @@ def train_case(config, device, batch_size, steps, *ranges):
     items = [((random_ids(rng, config, *ranges[:2]), random_ids(rng, config, *ranges[2:])),)
              for _ in range(steps * batch_size)]
     batches = train.length_batches(items, batch_size, random.Random(0))
+    schedule = train.Schedule(batch_size=batch_size)
 
-    def ours():
-        return partial(train.fit, gpt(config, device), items, train.nll_loss,
-                       train.Schedule(batch_size=batch_size), random.Random(0))
-    make = {"ours": ours,
-            "plain": lambda: partial(plain_loop, gpt(config, device), plain_loss, batches, device),
-            "transformers": lambda: partial(plain_loop, hugging_face(config, device),
-                                            transformers_loss, batches, device)}
+    def loop(model, loss_fn):
+        return partial(plain_loop, model.to(device), loss_fn, batches, device)
+
+    def their_loss(model, tokens, labels):      # padding on the right needs no attention mask
+        return model(tokens, labels=labels, use_cache=False).loss
+    make = {"ours": lambda: partial(train.fit, GPT(config).to(device), items, train.nll_loss,
+                                    schedule, random.Random(0)),
+            "plain": lambda: loop(GPT(config), plain_loss),
+            "transformers": lambda: loop(hugging_face(config, device), their_loss)}
     # (6 N + 12 L D T) T for T tokens, N the parameters but for the positions (arXiv:2204.02311, B)
     lengths, D, L = [train.item_length(item) for item in items], config.n_embd, config.n_layer
     N = config.vocab_size * D + L * (12 * D * D + 13 * D) + 2 * D
@@ -168,8 +163,8 @@ def sample_case(config, device, P, n, T, new):
                                max_new_tokens=new, num_return_sequences=n, pad_token_id=0)
         return partial(hugging_face(config, device).generate, prompts, generation_config=how,
                        attention_mask=torch.ones_like(prompts))
-    make = {"ours": lambda: partial(gpt(config, device).generate, prompts, new, n=n),
-            "recompute": lambda: partial(recompute, gpt(config, device),
+    make = {"ours": lambda: partial(GPT(config).to(device).generate, prompts, new, n=n),
+            "recompute": lambda: partial(recompute, GPT(config).to(device),
                                          prompts.repeat_interleave(n, 0), new),
             "transformers": theirs}
     if config.n_embd > 96 or P * n > 128:       # it would take minutes, to show nothing new
@@ -189,14 +184,28 @@ def score_case(config, device, P, n, T, *response):
     rng = random.Random(0)
     prompts = [random_ids(rng, config, T, T) for _ in range(P)]
     pairs = [(prompt, random_ids(rng, config, *response)) for prompt in prompts for _ in range(n)]
-    make = {"ours": lambda: partial(score, RewardModel(gpt(config, device)), pairs, device),
-            "trunk": lambda: partial(forward_pass, gpt(config, device).hidden, pairs, device),
+    make = {"ours": lambda: partial(score, RewardModel(GPT(config).to(device)), pairs, device),
+            "trunk": lambda: partial(forward_pass, GPT(config).to(device).hidden, pairs, device),
             "transformers": lambda: partial(forward_pass, hugging_face(config, device, "AutoModel"),
                                             pairs, device)}
     return sum(len(x) + len(y) for x, y in pairs), 0, make
 
 
-CASES = {"train": train_case, "sample": sample_case, "score": score_case}
+def best_case(config, device, P, n, rows):
+    """The best reward of n candidates for each of P prompts, `rows` of a prompt's at a time."""
+    rng = random.Random(0)
+    prompts = [random_ids(rng, config, 8, 8) for _ in range(P)]
+
+    def run(reward, best=-math.inf):
+        for start in range(0, n, rows):
+            ys = sample_responses(reward.trunk, prompts, min(rows, n - start), 32, None, None)
+            pairs = [(prompts[i], y) for i in range(P) for y in ys[i]]
+            best = np.maximum(best, score(reward, pairs, device).reshape(P, -1).max(1))
+        return best
+    return P * n * 32, 0, {"ours": lambda: partial(run, RewardModel(GPT(config).to(device)))}
+
+
+CASES = {"train": train_case, "sample": sample_case, "score": score_case, "best": best_case}
 
 
 # ---- measuring ----------------------------------------------------------------------------------
@@ -207,7 +216,6 @@ def take_turns(functions, repeats, device):
     times = {name: [] for name in functions}
     for _ in range(repeats + 1):
         for name, function in functions.items():
-            wait()
             start = time.perf_counter()
             function()
             wait()
@@ -217,114 +225,78 @@ def take_turns(functions, repeats, device):
 
 def peak_rss():
     """The process's largest resident memory so far, MB."""
-    status = Path("/proc/self/status")
-    if status.exists():     # Linux: ru_maxrss there starts at the parent's, through fork and exec
-        return int(status.read_text().split("VmHWM:")[1].split()[0]) / 2 ** 10
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2 ** 20 if sys.platform == "darwin" else 2 ** 10)
+    status = Path("/proc/self/status")      # Linux's ru_maxrss starts at the parent's
+    if not status.exists():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20     # macOS: bytes
+    return int(status.read_text().split("VmHWM:")[1].split()[0]) / 2 ** 10
 
 
-def peak_of(make, device):
-    """Peak memory, MB, of making a function and calling it; for a process of its own."""
+def peak_of(part, size, shape, name, device):
+    """What one call adds to the peak memory, its model included, MB; in a process of its own."""
+    if TRANSFORMERS:    # code is no one's memory: all import all of it before
+        from transformers import GenerationConfig, GPT2LMHeadModel      # noqa: F401
     held = peak_rss()
-    make()()
+    CASES[part](SIZES[size][0], device, *shape)[2][name]()()
     cuda = device.type == "cuda"
     return torch.cuda.max_memory_allocated() / 2 ** 20 if cuda else peak_rss() - held
 
 
-def probe_case(part, size, shape, name, device):
-    if TRANSFORMERS:    # all hold the same code before
-        from transformers import GenerationConfig, GPT2LMHeadModel      # noqa: F401
-    return peak_of(CASES[part](SIZES[size][0], device, *shape)[2][name], device)
-
-
-def probe_best(n, rows, device):
-    return peak_of(lambda: partial(best_of_n, toy_reward(device), 1, n, rows), device)
-
-
-def apart(function, *args):
-    """function(*args) in a fresh process."""
+def peak_apart(*case):
+    """peak_of a case in a fresh process."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *args).result()
+        return pool.submit(peak_of, *case).result()
 
 
-def measure(part, size, shape, goals, repeats, device, memory):
+def measure(part, size, shape, goals, repeats, device, memory, peak_flops):
     """Compare the implementations of one case: a record of each."""
     tokens, flops, make = CASES[part](SIZES[size][0], device, *shape)
     names = [name for name in make if name != "transformers" or TRANSFORMERS]
-    peaks = {name: apart(probe_case, part, size, shape, name, device)
+    peaks = {name: peak_apart(part, size, shape, name, device)
              for name in names if memory and goals}
     times, records = take_turns({name: make[name]() for name in names}, repeats, device), []
     for name, took in times.items():
         median = statistics.median(took)
         ratio = statistics.median(t / own for t, own in zip(took, times["ours"]))
-        records.append({"part": part, "size": size, "shape": "-".join(map(str, shape)),
+        records.append({"part": part, "size": size, "shape": ",".join(map(str, shape)),
                         "name": name, "seconds": median, "min": min(took), "max": max(took),
                         "tokens": tokens, "tokens/s": tokens / median, "ratio": ratio,
                         "goal": goals.get(name), "peak_mb": peaks.get(name),
-                        "mfu": utilisation(flops / median, device)})
-        print_record(records[-1])
+                        "mfu": flops / median / peak_flops if flops and peak_flops else None})
+        print_row(records[-1])
     return records
 
 
-def utilisation(flops_per_second, device):
-    """Model FLOPs utilisation: the share of the card's peak; None on a CPU or an unknown card."""
-    card = torch.cuda.get_device_name() if device.type == "cuda" and flops_per_second else ""
-    return next((flops_per_second / peak for name, peak in PEAKS.items() if name in card), None)
-
-
-COLUMNS = {"part": "7", "size": "5", "shape": "17", "name": "13", "seconds": ">9.4f",
-           "min": ">9.4f", "max": ">9.4f", "tokens/s": ">10,.0f", "ratio": ">7.2f",
-           "goal": ">6.1f", "peak_mb": ">9.0f", "mfu": ">6.1%"}
-
-
-def print_record(record):
-    print("".join(format("-", form.split(".")[0].rstrip(",")) if record[key] is None else
-                  format(record[key], form) for key, form in COLUMNS.items()), flush=True)
+def print_row(record=None):
+    """One line of the table; without a record its head."""
+    for key, width, form in COLUMNS:
+        value = record[key] if record else key
+        text = "-" if value is None else format(value, form if record else "")
+        print(f"{text:{width}}", end="")
+    print(flush=True)
 
 
 # ---- how the cost grows, and a whole run --------------------------------------------------------
 
-def toy_reward(device):
-    return RewardModel(gpt(SIZES["toy"][0], device))
-
-
-def best_of_n(reward, P, n, rows):
-    """The best reward of n candidates for each of P prompts, `rows` of a prompt's at a time."""
-    trunk, rng, best = reward.trunk, random.Random(0), -math.inf
-    prompts = [random_ids(rng, trunk.config, 8, 8) for _ in range(P)]
-    for start in range(0, n, rows):
-        responses = sample_responses(trunk, prompts, min(rows, n - start), 32, None, None)
-        pairs = [(prompt, y) for prompt, ys in zip(prompts, responses) for y in ys]
-        best = np.maximum(best, score(reward, pairs, train.device_of(trunk)).reshape(P, -1).max(1))
-    return best
-
-
 def scaling(repeats, device):
     """{x axis: {line: {x: seconds, or MB}}} at the toy size (with 512 positions for the tokens)."""
-    reward, long = toy_reward(device), gpt(replace(SIZES["toy"][0], n_positions=512), device)
-    start, powers = torch.zeros(16, 8, dtype=torch.long, device=device), [2 ** i for i in range(13)]
-    jobs = {"N, of one prompt": {"sample, score": {
-                n: partial(best_of_n, reward, 1, n, 256) for n in powers}},
-            "prompts, 16 candidates each": {"sample, score": {
-                P: partial(best_of_n, reward, P, 16, 16) for P in powers[:9]}},
+    config, powers = SIZES["toy"][0], [2 ** i for i in range(13)]
+    model = GPT(replace(config, n_positions=512)).to(device)
+    start = torch.zeros(16, 8, dtype=torch.long, device=device)
+
+    def best(*shape):
+        return best_case(config, device, *shape)[2]["ours"]()
+    jobs = {"N, of one prompt": {"256 at a time": {n: best(1, n, 256) for n in powers}},
+            "prompts": {"best of 16": {P: best(P, 16, 16) for P in powers[:9]}},
             "new tokens, 16 rows": {
-                "cache": {t: partial(long.generate, start, t) for t in powers[4:9]},
-                "recompute": {t: partial(recompute, long, start, t) for t in powers[4:9]}}}
+                "cache": {t: partial(model.generate, start, t) for t in powers[4:9]},
+                "recompute": {t: partial(recompute, model, start, t) for t in powers[4:9]}}}
     curves = {x: {line: {n: statistics.median(took) for n, took
                          in take_turns(points, repeats, device).items()}
                   for line, points in lines.items()} for x, lines in jobs.items()}
-    curves["N, peak memory"] = {line: {n: apart(probe_best, n, rows or n, device)
-                                       for n in powers[8:]}
-                                for line, rows in (("256 at a time", 256), ("at once", 0))}
+    curves["N, of one prompt (memory)"] = {
+        line: {n: peak_apart("best", "toy", (1, n, rows or n), "ours", device) for n in powers[8:]}
+        for line, rows in (("256 at a time", 256), ("at once", 0))}
     return curves
-
-
-def slope(points):
-    """d log y / d log x by least squares over the upper half of the points: 1 is linear."""
-    upper = sorted(points)[len(points) // 2:]
-    return statistics.linear_regression([math.log(x) for x in upper],
-                                        [math.log(points[x]) for x in upper]).slope
 
 
 def draw_scaling(curves, path):
@@ -332,10 +304,12 @@ def draw_scaling(curves, path):
     figure, axes = pyplot().subplots(1, len(curves), figsize=(13, 3.2))
     for axis, (x, lines) in zip(axes, curves.items()):
         for line, points in lines.items():
+            upper = np.log(sorted(points.items())[len(points) // 2:])   # half of them; 1 is linear
             axis.plot(*zip(*points.items()), "o-", markersize=3,
-                      label=f"{line}: slope {slope(points):.2f}")
-        axis.set(xscale="log", yscale="log", xlabel=x,
-                 ylabel="MB" if "memory" in x else "seconds")
+                      label=f"{line}: slope {np.polyfit(*upper.T, 1)[0]:.2f}")
+        axis.set(xlabel=x, ylabel="peak, MB" if "memory" in x else "seconds")
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
         axis.legend()
     return save_figure(figure, path)
 
@@ -348,45 +322,44 @@ def afd_seconds(device):
                        stdout=subprocess.DEVNULL, check=True)
         wall = time.perf_counter() - start
         stages, = json.loads((Path(out) / "results.json").read_text())["seconds"].values()
-    return {**stages, "all": round(wall, 2)}
+    return {**stages, "all": wall}
 
 
 def machine(device):
     """What the numbers depend on."""
     info = Path("/proc/cpuinfo")
-    names = [line.split(": ")[1] for line in info.read_text().splitlines()
-             if line.startswith("model name")] if info.exists() else []
-    return {"cpu": names[0] if names else platform.processor(), "threads": torch.get_num_threads(),
-            "load": os.getloadavg()[0], "torch": torch.__version__, "transformers": TRANSFORMERS,
-            "card": torch.cuda.get_device_name() if device.type == "cuda" else None,
-            "device": str(device), "dtype": "float32"}
+    cpu = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
+    card = torch.cuda.get_device_name() if device.type == "cuda" else ""
+    return {"device": str(device), "cpu": cpu[1] if cpu else platform.processor(), "card": card,
+            "peak_flops": next((PEAKS[name] for name in PEAKS if name in card), None),
+            "threads": torch.get_num_threads(), "load": os.getloadavg()[0], "dtype": "float32",
+            "torch": torch.__version__, "transformers": TRANSFORMERS}
 
 
 def main(argv=None):
     s = train.parse_settings(Settings, argv)
     parts, sizes = s.parts.split(","), s.size.split(",")
-    for given, known in ((parts, [*CASES, "scaling", "afd"]), (sizes, SIZES)):
-        if not {*given} <= {*known}:
-            raise InputError(f"{','.join(given)}: choose from {','.join(known)}")
-    if s.repeats < 1:
-        raise InputError("--repeats must be positive")
-    device, out = train.choose_device(s.device), Path(s.out)
-    out.mkdir(parents=True, exist_ok=True)
+    known = {"train", "sample", "score", "scaling", "afd"}
+    if not {*parts} <= known or not {*sizes} <= {*SIZES} or s.repeats < 1:
+        raise InputError("--parts, --size or --repeats: not among what --help names")
+    device, out = train.choose_device(s.device), claim_folder(s.out, overwrite=True)
     results = {"config": asdict(s), "machine": machine(device), "records": []}
     print(results["machine"])
-    print("".join(format(key, form.split(".")[0].rstrip(",")) for key, form in COLUMNS.items()))
-    for size, part in ((size, part) for size in sizes for part in CASES if part in parts):
+    print_row()
+    for size, part in ((size, part) for size in sizes for part in SIZES[size][1] if part in parts):
         repeats = min(s.repeats, 3) if size == "gpt2" and device.type == "cpu" else s.repeats
         for shape, goals in SIZES[size][1][part].items():
-            results["records"] += measure(part, size, shape, goals, repeats, device, s.memory)
+            results["records"] += measure(part, size, shape, goals, repeats, device, s.memory,
+                                          results["machine"]["peak_flops"])
             write_json(out / "bench.json", results)
     if "scaling" in parts:
-        results["scaling"] = curves = scaling(min(s.repeats, 3), device)
-        print(f"scaling {draw_scaling(curves, out / 'bench.png')}")
+        results["scaling"] = scaling(min(s.repeats, 3), device)
+        write_json(out / "bench.json", results)     # before the picture, which needs matplotlib
+        print(f"scaling {draw_scaling(results['scaling'], out / 'bench.png')}")
     if "afd" in parts:
         results["afd"] = afd_seconds(device)
-        print("\n".join(f"afd     {stage:20}{took:>8.2f} s" for stage, took
-                        in results["afd"].items()))
+        for stage, took in results["afd"].items():
+            print(f"afd     {stage:20}{took:>8.2f} s")
     write_json(out / "bench.json", results)
     print(out / "bench.json")
 
