@@ -82,13 +82,11 @@ PEAKS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12
          "NVIDIA L4": 121e12}
 
 
-COLUMNS = [("part", 7, ""), ("size", 5, ""), ("shape", 17, ""), ("name", 13, ""),
-           ("seconds", ">9", ".4f"), ("min", ">9", ".4f"), ("max", ">9", ".4f"),
-           ("tokens/s", ">10", ",.0f"), ("ratio", ">7", ".2f"), ("goal", ">6", ".1f"),
-           ("peak_mb", ">9", ".0f"), ("mfu", ">6", ".1%")]
+ROW = ("{part:7}{size:5}{shape:17}{name:13}{seconds:>9.4f}{min:>9.4f}{max:>9.4f}"
+       "{tokens_per_second:>18,.0f}{ratio:>7.2f}{goal:>6.1f}{peak_mb:>9.0f}{mfu:>6.1%}")
 
 
-# ---- the implementations: (tokens of a call, its FLOPs or 0, {name: how to make a function}) -----
+# ---- the implementations: (tokens of a call, its FLOPs or nan, {name: how to make a function}) ---
 
 def hugging_face(config, device, head="AutoModelForCausalLM"):
     """transformers' GPT-2 of the same size, without dropout and without an end of text."""
@@ -105,17 +103,27 @@ def random_ids(rng, config, shortest, longest):
     return [rng.randrange(config.vocab_size) for _ in range(rng.randint(shortest, longest))]
 
 
-def plain_loss(model, tokens, labels):
+def inputs(model, items):
+    """(token ids, labels: -100 where no loss is)."""
+    batch = collate([pair for (pair,) in items], train.device_of(model))
+    return batch.tokens, batch.tokens.masked_fill(~batch.response_mask(), -100)
+
+
+def plain_loss(model, items):
+    tokens, labels = inputs(model, items)
     logits = model(tokens)[:, :-1].flatten(0, 1)
     return F.cross_entropy(logits, labels[:, 1:].flatten(), ignore_index=-100)
 
 
-def plain_loop(model, loss_fn, batches, device):
+def transformers_loss(model, items):
+    tokens, labels = inputs(model, items)       # padding on the right needs no attention mask
+    return model(tokens, labels=labels, use_cache=False).loss
+
+
+def plain_loop(model, loss_fn, batches):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     for items in batches:
-        batch = collate([pair for (pair,) in items], device)
-        labels = batch.tokens.masked_fill(~batch.response_mask(), -100)
-        loss_fn(model, batch.tokens, labels).backward()
+        loss_fn(model, items).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -127,17 +135,11 @@ def train_case(config, device, batch_size, steps, *ranges):
     items = [((random_ids(rng, config, *ranges[:2]), random_ids(rng, config, *ranges[2:])),)
              for _ in range(steps * batch_size)]
     batches = train.length_batches(items, batch_size, random.Random(0))
-    schedule = train.Schedule(batch_size=batch_size)
-
-    def loop(model, loss_fn):
-        return partial(plain_loop, model.to(device), loss_fn, batches, device)
-
-    def their_loss(model, tokens, labels):      # padding on the right needs no attention mask
-        return model(tokens, labels=labels, use_cache=False).loss
-    make = {"ours": lambda: partial(train.fit, GPT(config).to(device), items, train.nll_loss,
-                                    schedule, random.Random(0)),
-            "plain": lambda: loop(GPT(config), plain_loss),
-            "transformers": lambda: loop(hugging_face(config, device), their_loss)}
+    ours = train.nll_loss, train.Schedule(batch_size=batch_size), random.Random(0)
+    make = {"ours": lambda: partial(train.fit, GPT(config).to(device), items, *ours),
+            "plain": lambda: partial(plain_loop, GPT(config).to(device), plain_loss, batches),
+            "transformers": lambda: partial(plain_loop, hugging_face(config, device),
+                                            transformers_loss, batches)}
     # (6 N + 12 L D T) T for T tokens, N the parameters but for the positions (arXiv:2204.02311, B)
     lengths, D, L = [train.item_length(item) for item in items], config.n_embd, config.n_layer
     N = config.vocab_size * D + L * (12 * D * D + 13 * D) + 2 * D
@@ -169,7 +171,7 @@ def sample_case(config, device, P, n, T, new):
             "transformers": theirs}
     if config.n_embd > 96 or P * n > 128:       # it would take minutes, to show nothing new
         del make["recompute"]
-    return P * n * new, 0, make
+    return P * n * new, math.nan, make
 
 
 @torch.inference_mode()
@@ -188,7 +190,7 @@ def score_case(config, device, P, n, T, *response):
             "trunk": lambda: partial(forward_pass, GPT(config).to(device).hidden, pairs, device),
             "transformers": lambda: partial(forward_pass, hugging_face(config, device, "AutoModel"),
                                             pairs, device)}
-    return sum(len(x) + len(y) for x, y in pairs), 0, make
+    return sum(len(x) + len(y) for x, y in pairs), math.nan, make
 
 
 def best_case(config, device, P, n, rows):
@@ -202,7 +204,7 @@ def best_case(config, device, P, n, rows):
             pairs = [(prompts[i], y) for i in range(P) for y in ys[i]]
             best = np.maximum(best, score(reward, pairs, device).reshape(P, -1).max(1))
         return best
-    return P * n * 32, 0, {"ours": lambda: partial(run, RewardModel(GPT(config).to(device)))}
+    return P * n * 32, math.nan, {"ours": lambda: partial(run, RewardModel(GPT(config).to(device)))}
 
 
 CASES = {"train": train_case, "sample": sample_case, "score": score_case, "best": best_case}
@@ -257,39 +259,31 @@ def measure(part, size, shape, goals, repeats, device, memory, peak_flops):
     for name, took in times.items():
         median = statistics.median(took)
         ratio = statistics.median(t / own for t, own in zip(took, times["ours"]))
-        records.append({"part": part, "size": size, "shape": ",".join(map(str, shape)),
-                        "name": name, "seconds": median, "min": min(took), "max": max(took),
-                        "tokens": tokens, "tokens/s": tokens / median, "ratio": ratio,
-                        "goal": goals.get(name), "peak_mb": peaks.get(name),
-                        "mfu": flops / median / peak_flops if flops and peak_flops else None})
-        print_row(records[-1])
+        records.append({
+            "part": part, "size": size, "shape": ",".join(map(str, shape)), "name": name,
+            "seconds": median, "min": min(took), "max": max(took), "tokens": tokens,
+            "tokens_per_second": tokens / median, "ratio": ratio,
+            "goal": goals.get(name, math.nan), "peak_mb": peaks.get(name, math.nan),
+            "mfu": flops / median / peak_flops})
+        print(ROW.format(**records[-1]), flush=True)
     return records
-
-
-def print_row(record=None):
-    """One line of the table; without a record its head."""
-    for key, width, form in COLUMNS:
-        value = record[key] if record else key
-        text = "-" if value is None else format(value, form if record else "")
-        print(f"{text:{width}}", end="")
-    print(flush=True)
 
 
 # ---- how the cost grows, and a whole run --------------------------------------------------------
 
 def scaling(repeats, device):
-    """{x axis: {line: {x: seconds, or MB}}} at the toy size (with 512 positions for the tokens)."""
+    """{x axis: {line: {x: seconds, or MB}}} at the toy size (with 256 positions for the tokens)."""
     config, powers = SIZES["toy"][0], [2 ** i for i in range(13)]
-    model = GPT(replace(config, n_positions=512)).to(device)
+    model = GPT(replace(config, n_positions=256)).to(device)
     start = torch.zeros(16, 8, dtype=torch.long, device=device)
 
     def best(*shape):
         return best_case(config, device, *shape)[2]["ours"]()
-    jobs = {"N, of one prompt": {"256 at a time": {n: best(1, n, 256) for n in powers}},
-            "prompts": {"best of 16": {P: best(P, 16, 16) for P in powers[:9]}},
+    jobs = {"N, of one prompt": {"256 at a time": {n: best(1, n, 256) for n in powers[:11]}},
+            "prompts": {"best of 16": {P: best(P, 16, 16) for P in powers[:8]}},
             "new tokens, 16 rows": {
-                "cache": {t: partial(model.generate, start, t) for t in powers[4:9]},
-                "recompute": {t: partial(recompute, model, start, t) for t in powers[4:9]}}}
+                "cache": {t: partial(model.generate, start, t) for t in powers[3:8]},
+                "recompute": {t: partial(recompute, model, start, t) for t in powers[3:8]}}}
     curves = {x: {line: {n: statistics.median(took) for n, took
                          in take_turns(points, repeats, device).items()}
                   for line, points in lines.items()} for x, lines in jobs.items()}
@@ -307,9 +301,8 @@ def draw_scaling(curves, path):
             upper = np.log(sorted(points.items())[len(points) // 2:])   # half of them; 1 is linear
             axis.plot(*zip(*points.items()), "o-", markersize=3,
                       label=f"{line}: slope {np.polyfit(*upper.T, 1)[0]:.2f}")
-        axis.set(xlabel=x, ylabel="peak, MB" if "memory" in x else "seconds")
+        axis.set(xlabel=x, ylabel="peak, MB" if "memory" in x else "seconds", yscale="log")
         axis.set_xscale("log", base=2)
-        axis.set_yscale("log")
         axis.legend()
     return save_figure(figure, path)
 
@@ -331,7 +324,7 @@ def machine(device):
     cpu = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
     card = torch.cuda.get_device_name() if device.type == "cuda" else ""
     return {"device": str(device), "cpu": cpu[1] if cpu else platform.processor(), "card": card,
-            "peak_flops": next((PEAKS[name] for name in PEAKS if name in card), None),
+            "peak_flops": next((PEAKS[name] for name in PEAKS if name in card), math.nan),
             "threads": torch.get_num_threads(), "load": os.getloadavg()[0], "dtype": "float32",
             "torch": torch.__version__, "transformers": TRANSFORMERS}
 
@@ -345,7 +338,8 @@ def main(argv=None):
     device, out = train.choose_device(s.device), claim_folder(s.out, overwrite=True)
     results = {"config": asdict(s), "machine": machine(device), "records": []}
     print(results["machine"])
-    print_row()
+    head = re.sub(r"(\d)[,.][^}]*", r"\1", ROW)
+    print(head.format(**{name: name for name in re.findall(r"{(\w+)", ROW)}))
     for size, part in ((size, part) for size in sizes for part in SIZES[size][1] if part in parts):
         repeats = min(s.repeats, 3) if size == "gpt2" and device.type == "cpu" else s.repeats
         for shape, goals in SIZES[size][1][part].items():
