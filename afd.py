@@ -29,9 +29,9 @@ import tokenizers
 import torch
 
 import train
+from checkpoints import load_init, save_pretrained
 from divergences import DIVERGENCES, get_divergence
-from model import (GPT, GPTConfig, InputError, claim_folder, encode_documents, load_init,
-                   save_pretrained, write_json)
+from model import GPT, GPTConfig, InputError, claim_folder, encode_documents, write_json
 from reward import (HEADS, REWARD_MODELS, Adversary, LogRatio, RewardModel, TokenExtrapolation,
                     score)
 from toy_envs.figures import draw_run, print_reward_models, print_samples, print_table
@@ -70,7 +70,8 @@ class Settings:
     out: str = setting("out/afd", "folder for config, metrics, results, checkpoints and figures")
     overwrite: bool = setting(False, "replace the run that --out holds")
     device: str = setting("auto", "auto, cpu, cuda or mps")
-    init: str = setting(None, "pi_0 from this checkpoint folder, instead of pretraining it")
+    init: str = setting(None, "pi_0, with --demos its tokenizer too: a checkpoint folder, or a name "
+                              "on the Hugging Face hub such as gpt2, instead of pretraining")
     demos: str = setting(None, "JSON lines (or .gz) with prompt and response, or chosen and "
                                "rejected dialogues: your own data instead of a built-in task")
     corpus: str = setting(None, "with --demos: text that pi_0 is pretrained on, plain or JSON "

@@ -17,15 +17,14 @@ import random
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from checkpoints import load_pretrained, save_pretrained, save_reward
 from divergences import discriminator_loss, policy_gradient_loss
 from model import (GPT, GPTConfig, InputError, bpe_tokenizer, claim_folder, collate,
-                   encode_documents, encode_pair, load_pretrained, logp_token, save_pretrained,
-                   write_aside)
+                   encode_documents, encode_pair, logp_token)
 from reward import HEADS, RewardModel, at_the_end, bradley_terry_loss, implicit_reward
 from toy_envs.worlds import read_examples, read_texts
 
@@ -334,7 +333,8 @@ class Settings:
     demos: str = setting(None, "sft: JSON lines with prompt and response, or chosen and rejected")
     positives: str = setting(None, "reward: examples with label 1, as for --demos")
     negatives: str = setting(None, "reward: examples with label 0, as for --demos")
-    init: str = setting(None, "sft, reward: the checkpoint folder to start from")
+    init: str = setting(None, "the checkpoint to start from: a folder in the format of GPT-2, or a "
+                              "name on the Hugging Face hub such as gpt2 (pretrain: optional)")
     out: str = setting(None, "the checkpoint folder to write")
     overwrite: bool = setting(False, "replace the checkpoint that --out holds")
     seed: int = setting(0, "random seed")
@@ -385,13 +385,13 @@ def run_stage(stage, s):
     schedule = Schedule(s.lr, s.epochs, s.batch_size)
     device, rng = choose_device(s.device), random.Random(s.seed)
     torch.manual_seed(s.seed)
-    if stage == "pretrain":
-        texts = read_texts(s.corpus)
+    texts = read_texts(s.corpus) if stage == "pretrain" else None
+    if s.init:
+        model, tokenizer, _ = load_pretrained(s.init)
+    else:
         tokenizer = bpe_tokenizer(texts, s.vocab_size)
         model = GPT(GPTConfig(len(tokenizer), s.n_positions, s.n_embd, s.n_layer, s.n_head,
                               suppress_tokens=tokenizer.suppress))
-    else:
-        model, tokenizer, _ = load_pretrained(s.init)
     fitting = model.config.n_positions, s.max_response
     if stage == "reward":
         positives, negatives = (read_pairs(path, tokenizer, *fitting)
@@ -414,13 +414,6 @@ def run_stage(stage, s):
         save_pretrained(out, model, tokenizer)
     print(f"{stage}: loss {history[0]['loss']:.3f} -> {history[-1]['loss']:.3f} in {len(history)} "
           f"steps; {out}")
-
-
-def save_reward(folder, reward, tokenizer):
-    """A reward model's folder: its trunk as a checkpoint, and reward_head.pt beside it."""
-    save_pretrained(folder, reward.trunk, tokenizer)
-    state = {"head": reward.head, "score": reward.score.state_dict()}
-    write_aside(Path(folder) / "reward_head.pt", lambda f: torch.save(state, f))
 
 
 def main(argv=None):

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import train
+from checkpoints import load_pretrained
 from divergences import forward_kl
-from model import (GPT, GPTConfig, InputError, collate, load_pretrained, logp_seq, logp_token)
+from model import GPT, GPTConfig, InputError, collate, logp_seq, logp_token
 from train import Schedule, claim_folder, fit, learning_rate, length_batches, nll_loss, split
 
 

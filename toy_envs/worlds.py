@@ -13,6 +13,7 @@ import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from checkpoints import load_tokenizer
 from model import InputError, bpe_tokenizer, encode_pair, sample_responses, word_tokenizer
 from toy_envs.text_tasks import MAX_WORDS, TextTask
 
@@ -190,6 +191,8 @@ def text_world(s, seed):
 
 def file_world(s, seed):
     """One's own data: demonstrations from a file, split by seed into training and held out."""
+    if s.init and s.corpus:
+        raise InputError("--init is pi_0: there is nothing to pretrain on --corpus")
     examples, left_out = read_examples(s.demos)
     corpus = read_texts(s.corpus) if s.corpus else None
     more_prompts = read_prompts(s.prompts) if s.prompts else []
@@ -207,7 +210,7 @@ def file_world(s, seed):
     more_prompts = [x for x in more_prompts if x not in asked[:n_held]]
     if corpus is None:      # without the rejected answers: they would tell pi_0 what people dislike
         corpus = [e.prompt + e.response for e in learn]
-    tokenizer = bpe_tokenizer(corpus, s.vocab_size)
+    tokenizer = load_tokenizer(s.init) if s.init else bpe_tokenizer(corpus, s.vocab_size)
 
     def fits(prompt):
         return len(tokenizer.encode(prompt)) <= s.max_prompt
@@ -226,6 +229,7 @@ def file_world(s, seed):
     skipped = len(learn) + len(held) + len(more_prompts) - len(prompts) - len(test)
     pairs = [[(e.prompt, e.response, e.rejected) for e in part if e.rejected]
              for part in (demos, test)]
+    unseen = [] if s.corpus or s.init else ["no --corpus: pi_0 is pretrained on the demonstrations"]
     return World(
         tokenizer=tokenizer, max_prompt=s.max_prompt, max_response=s.max_response, corpus=corpus,
         demos=[(e.prompt, e.response) for e in demos], train_prompts=prompts,
@@ -233,7 +237,7 @@ def file_world(s, seed):
         preferences=pairs[0], human_pairs=pairs[1],
         notes=[f"{left_out} pairs without a common prompt or with an empty turn left out",
                f"{skipped} prompts longer than {s.max_prompt} tokens skipped",
-               *([] if s.corpus else ["no --corpus: pi_0 is pretrained on the demonstrations"])])
+               *unseen])
 
 
 def load_golden(spec):
