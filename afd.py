@@ -70,8 +70,8 @@ class Settings:
     out: str = setting("out/afd", "folder for config, metrics, results, checkpoints and figures")
     overwrite: bool = setting(False, "replace the run that --out holds")
     device: str = setting("auto", "auto, cpu, cuda or mps")
-    init: str = setting(None, "pi_0, with --demos its tokenizer too: a checkpoint folder, or a name "
-                              "on the Hugging Face hub such as gpt2, instead of pretraining")
+    init: str = setting(None, "pi_0, with --demos its tokenizer too: a checkpoint folder or a name "
+                              "on the Hugging Face hub, such as gpt2, instead of pretraining")
     demos: str = setting(None, "JSON lines (or .gz) with prompt and response, or chosen and "
                                "rejected dialogues: your own data instead of a built-in task")
     corpus: str = setting(None, "with --demos: text that pi_0 is pretrained on, plain or JSON "

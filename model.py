@@ -351,8 +351,8 @@ def encode_pair(tokenizer, prompt, response, max_prompt, max_response):
 def encode_documents(tokenizer, texts, n_positions):
     """Documents as responses to the empty prompt, cut into pieces of at most n_positions tokens."""
     pieces = []
-    for ids in (encoding.ids for encoding in tokenizer.backend.encode_batch(texts)):
-        ids = [*ids, tokenizer.eos]
+    for encoding in tokenizer.backend.encode_batch(texts, add_special_tokens=False):
+        ids = [*encoding.ids, tokenizer.eos]
         pieces += [([], ids[i:i + n_positions]) for i in range(0, len(ids), n_positions)]
     return [piece for piece in pieces if len(piece[1]) > 1]     # nothing to predict in one token
 
