@@ -25,16 +25,17 @@ import torch
 
 import train
 from divergences import DIVERGENCES, get_divergence
-from model import (GPT, GPTConfig, InputError, encode_documents, load_init, save_pretrained,
-                   write_json)
+from model import GPT, GPTConfig, InputError, encode_documents, write_json
 from reward import (HEADS, REWARD_MODELS, Adversary, ExactAdversary, LogRatio, RewardModel,
                     TokenExtrapolation, score)
+from toy_envs.checkpoints import load_init, save_pretrained, save_reward
 from toy_envs.figures import draw_run, print_reward_models, print_samples, print_table
 from toy_envs.report import FIGURES, write_report
-from toy_envs.runs import Run, claimed, provenance
+from toy_envs.runs import (Run, choose_device, claimed, parse_settings, provenance, run_script,
+                           setting, side_by_side)
 from toy_envs.truth import Truth, inspect_rewards, pick_samples, summarise
 from toy_envs.worlds import file_world, text_world
-from train import Schedule, setting
+from train import Schedule
 
 METHODS = ("po", "closed-form", "adversarial", "adversarial-exact", "spin", "irft", "dpo")
 
@@ -72,7 +73,8 @@ class Settings:
                                    "padding; a step's gradients add up to the same (0: all)")
     bf16: bool = setting(False, "train in bfloat16 autocast; CUDA only")
     compile: bool = setting(False, "compile the transformer while it is trained; CUDA only")
-    init: str = setting(None, "pi_0 from this checkpoint folder, instead of pretraining it")
+    init: str = setting(None, "pi_0, with --demos its tokenizer too: a checkpoint folder or a name "
+                              "on the Hugging Face hub, such as gpt2, instead of pretraining")
     demos: str = setting(None, "JSON lines (or .gz) with prompt and response, or chosen and "
                                "rejected dialogues: your own data instead of a built-in task")
     corpus: str = setting(None, "with --demos: text that pi_0 is pretrained on, plain or JSON "
@@ -171,7 +173,7 @@ def draw_samples(world, s, run, init, sft):
                for x in rng.sample(world.train_prompts, len(world.train_prompts))][:half]
     ids = [world.tokenizer.encode(x) for x in prompts]
     written = run.stage(
-        "samples", f"3 samples: {2 * half:,} each of pi_0 and pi_SFT", lambda: train.side_by_side(
+        "samples", f"3 samples: {2 * half:,} each of pi_0 and pi_SFT", lambda: side_by_side(
             lambda job: world.sample(job[0], ids, 2, run.generator(job[1]), job[1]),
             [(init, "y ~ pi_0"), (sft, "y ~ pi_SFT")], run.device))
     return prompts, [[(x, y) for x, ys in zip(ids, part) for y in ys] for part in written]
@@ -213,7 +215,7 @@ def train_rewards(world, s, run, init, sft, labelled, y_init, y_sft):
 
     names = [name for name in data if name in s.rewards and data[name][0]]  # labels may be missing
     rewards = {}
-    for name, (model, history) in zip(names, train.side_by_side(learn, names, run.device)):
+    for name, (model, history) in zip(names, side_by_side(learn, names, run.device)):
         run.log(name, history)
         rewards[name] = (model, data[name][1])
     for name, floor in (("log-ratio", 0.0), ("floored", FLOOR)):
@@ -227,7 +229,7 @@ def best_of_n(s, run, rewards, truth):
     their best-of-n for every n goes to the table."""
     pairs, rng = truth.candidates.pairs, run.rng("random")
     values = run.stage(
-        "best-of-N", f"5 best-of-N: {len(pairs):,} candidates scored", lambda: train.side_by_side(
+        "best-of-N", f"5 best-of-N: {len(pairs):,} candidates scored", lambda: side_by_side(
             lambda name: torch.from_numpy(score(rewards[name][0], pairs, run.device)),
             list(rewards), run.device))
     scores = {name: mine.cpu().numpy() for name, mine in zip(rewards, values)}
@@ -385,7 +387,7 @@ def run_seed(s, run, world):
         save_pretrained(out / name, model, world.tokenizer)
     for name, (reward, _) in rewards.items():
         if isinstance(reward, RewardModel):
-            train.save_reward(out / name, reward, world.tokenizer)
+            save_reward(out / name, reward, world.tokenizer)
     samples = pick_samples(truth, scores, min(16, s.n_candidates), optimised)
     write_json(out / "samples.json", samples)
     return truth.rows, records, run.curves, samples, run.seconds
@@ -418,9 +420,9 @@ def run_seeds(s, world, make_world, out, head, device):
 
 def main(argv=None):
     """Run every seed, write results.json and the figures, print the table. Returns the results."""
-    start, s = time.perf_counter(), train.parse_settings(Settings, argv)
+    start, s = time.perf_counter(), parse_settings(Settings, argv)
     check(s)
-    device, out = train.choose_device(s.device, s.bf16, s.compile), Path(s.out)
+    device, out = choose_device(s.device, s.bf16, s.compile), Path(s.out)
     make_world = file_world if s.demos else text_world
     world = make_world(s, s.seed)       # bad data is refused here, before a file is written
     if s.init:
@@ -438,4 +440,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    train.run_script(main)
+    run_script(main)

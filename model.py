@@ -1,4 +1,4 @@
-"""GPT-2's transformer, its sampler, log-probabilities, tokenizers and checkpoints.
+"""GPT-2's transformer, its sampler, log-probabilities and tokenizers.
 
 Shapes: B batch, T time (tokens), V vocabulary, D width, H heads, N candidates per prompt.
 
@@ -13,7 +13,7 @@ the padding behind it, hence no mask is needed in training.
 
 import json
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import tokenizers
@@ -301,6 +301,9 @@ class Tokenizer:
         self.eos, self.pad, self.unk = (backend.token_to_id(t) for t in (EOS, PAD, UNK))
         if self.eos is None:
             raise InputError(f"the tokenizer has no {EOS} token")
+        backend.add_special_tokens([EOS])       # decoding leaves it out
+        backend.no_padding()
+        backend.no_truncation()
 
     def __len__(self):
         return self.backend.get_vocab_size()
@@ -332,11 +335,17 @@ def word_tokenizer(words):
     return Tokenizer(backend)
 
 
-def bpe_tokenizer(texts, vocab_size):
-    """Byte-level BPE, as GPT-2's, trained on these texts: it can write and read any bytes."""
-    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+def byte_level(bpe):
+    """The tokenizers.Tokenizer of a byte-level BPE: GPT-2's splitting of text and its bytes."""
+    backend = tokenizers.Tokenizer(bpe)
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = tokenizers.decoders.ByteLevel()
+    return backend
+
+
+def bpe_tokenizer(texts, vocab_size):
+    """Byte-level BPE, as GPT-2's, trained on these texts: it can write and read any bytes."""
+    backend = byte_level(tokenizers.models.BPE())
     backend.train_from_iterator(texts, tokenizers.trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=[PAD, EOS], show_progress=False,
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
@@ -355,23 +364,13 @@ def encode_pair(tokenizer, prompt, response, max_prompt, max_response):
 def encode_documents(tokenizer, texts, n_positions):
     """Documents as responses to the empty prompt, cut into pieces of at most n_positions tokens."""
     pieces = []
-    for ids in (encoding.ids for encoding in tokenizer.backend.encode_batch(texts)):
-        ids = [*ids, tokenizer.eos]
+    for encoding in tokenizer.backend.encode_batch(texts, add_special_tokens=False):
+        ids = [*encoding.ids, tokenizer.eos]
         pieces += [([], ids[i:i + n_positions]) for i in range(0, len(ids), n_positions)]
     return [piece for piece in pieces if len(piece[1]) > 1]     # nothing to predict in one token
 
 
-# ---- checkpoints --------------------------------------------------------------------------------
-
-def save_pretrained(folder, model, tokenizer, **extra):
-    """Write config.json, pytorch_model.bin and tokenizer.json; each aside first, then renamed."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    config = {"model_type": "gpt2", **asdict(model.config), **extra}
-    write_json(folder / "config.json", config)
-    write_aside(folder / "tokenizer.json", lambda f: tokenizer.backend.save(str(f)))
-    write_aside(folder / "pytorch_model.bin", lambda f: torch.save(model.state_dict(), f))
-
+# ---- files --------------------------------------------------------------------------------------
 
 def write_aside(path, write):
     """write(part) fills a file beside path, which is then renamed: path is whole or not there.
@@ -403,36 +402,3 @@ def write_json(path, value, indent=1):
     write_aside(Path(path), lambda part: part.write_text(text, encoding="utf-8"))
 
 
-def load_pretrained(folder):
-    """(GPT, Tokenizer, config as a dict) from a folder that save_pretrained wrote.
-
-    Only tensors are read from the weights file, never code. Raises InputError naming what is
-    missing or does not fit.
-    """
-    folder = Path(folder)
-    for name in ("config.json", "pytorch_model.bin", "tokenizer.json"):
-        if not (folder / name).is_file():
-            raise InputError(f"{folder}: no checkpoint here, {name} is missing")
-    try:
-        raw = json.loads((folder / "config.json").read_text())
-        model = GPT(GPTConfig(**{f.name: raw[f.name] for f in fields(GPTConfig)}))
-        model.load_state_dict(torch.load(folder / "pytorch_model.bin", map_location="cpu",
-                                         weights_only=True))
-        tokenizer = Tokenizer(tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")))
-    except Exception as error:      # each loader has its own kinds of error for a foreign file
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise InputError(f"{folder}: not a checkpoint: {reason}") from error
-    if len(tokenizer) > model.config.vocab_size:
-        raise InputError(f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model only "
-                         f"{model.config.vocab_size}")
-    return model, tokenizer, raw
-
-
-def load_init(folder, world):
-    """pi_0 from a checkpoint folder. Raises InputError where it does not fit this world."""
-    init, tokenizer, _ = load_pretrained(folder)
-    if tokenizer.backend.get_vocab() != world.tokenizer.backend.get_vocab():
-        raise InputError(f"{folder}: its tokenizer is not that of this data")
-    if init.config.n_positions < world.max_prompt + world.max_response:
-        raise InputError(f"{folder}: {init.config.n_positions} positions are too few")
-    return init

@@ -27,14 +27,14 @@ from tqdm import tqdm
 
 from divergences import discriminator_loss, policy_gradient_loss
 from model import (GPT, GPTConfig, InputError, bpe_tokenizer, collate, encode_documents,
-                   encode_pair, load_pretrained, logp_token, sample_responses, save_pretrained,
-                   write_aside, write_json)
+                   encode_pair, logp_token, sample_responses, write_aside, write_json)
 from reward import HEADS, RewardModel, at_the_end, bradley_terry_loss, implicit_reward
 from toy_envs.batches import (Objective, from_all, length_batches, micro_batches, processes,
                               rank_and_count)
+from toy_envs.checkpoints import load_pretrained, save_pretrained, save_reward
 from toy_envs.files import describe, read_examples, read_prompts, read_texts
 from toy_envs.runs import (choose_device, claimed, keep, kept, parse_settings, provenance,
-                           run_script, setting, side_by_side)
+                           run_script, setting)
 
 SNAPSHOT_SECONDS = 20.0     # how much of a training loop's work a kill may cost
 
@@ -304,7 +304,8 @@ class Settings(Schedule):
     negatives: str = setting(None, "reward: examples with label 0, as for --demos")
     prompts: str = setting(None, "sample: prompts, one a line or JSON lines")
     per_prompt: int = setting(1, "sample: responses to each prompt")
-    init: str = setting(None, "sft, sample, reward: the checkpoint folder to start from")
+    init: str = setting(None, "the checkpoint to start from: a folder in the format of GPT-2, or a "
+                              "name on the Hugging Face hub such as gpt2 (pretrain: optional)")
     out: str = setting(None, "the checkpoint folder to write; sample: the file")
     overwrite: bool = setting(False, "replace what --out holds")
     resume: bool = setting(False, "go on where the same command was stopped")
@@ -388,14 +389,16 @@ def run_stage(stage, s, device):
     """Train one stage as the settings say and write its checkpoint."""
     rng = random.Random(s.seed)
     torch.manual_seed(s.seed)
-    if stage == "pretrain":
-        texts = read_texts(s.corpus)
+    texts = read_texts(s.corpus) if stage == "pretrain" else None
+    if s.init:
+        model, tokenizer, _ = load_pretrained(s.init)
+    else:
         tokenizer = bpe_tokenizer(texts, s.vocab_size)
         model = GPT(GPTConfig(len(tokenizer), s.n_positions, s.n_embd, s.n_layer, s.n_head,
                               suppress_tokens=tokenizer.suppress))
+    if stage == "pretrain":
         data = encode_documents(tokenizer, texts, model.config.n_positions), []
     else:
-        model, tokenizer, _ = load_pretrained(s.init)
         pairs = [read_pairs(getattr(s, name), tokenizer, model.config.n_positions, s.max_response)
                  for name in STAGES[stage] if name != "init"]
         data = pair_up(*pairs, rng) if stage == "reward" else split(*pairs, 0.05, rng)
@@ -415,13 +418,6 @@ def run_stage(stage, s, device):
                 shutil.rmtree(out / "stages", ignore_errors=True)
     print(f"{stage}: loss {history[0]['loss']:.3f} -> {history[-1]['loss']:.3f} in {len(history)} "
           f"steps; {out}")
-
-
-def save_reward(folder, reward, tokenizer):
-    """A reward model's folder: its trunk as a checkpoint, and reward_head.pt beside it."""
-    save_pretrained(folder, reward.trunk, tokenizer)
-    state = {"head": reward.head, "score": reward.score.state_dict()}
-    write_aside(Path(folder) / "reward_head.pt", lambda f: torch.save(state, f))
 
 
 def main(argv=None):

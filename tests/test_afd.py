@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import afd
-from model import InputError, load_pretrained
+from toy_envs.checkpoints import load_pretrained
+from model import InputError
 from reward import CONTROLS, REWARD_MODELS
 from toy_envs.text_tasks import FLOURISHES, TextTask
 from toy_envs.truth import held_out_quality

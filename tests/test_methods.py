@@ -598,7 +598,7 @@ def test_adversarial_imitation_comes_closer_to_the_demonstrator():
 @pytest.mark.parametrize("name", ["reverse_kl", "jensen_shannon"])
 def test_with_the_exact_judge_the_policy_lands_on_the_demonstrator(name):
     """INIT demonstrates and h = log d_beta - log pi is exact: within 0.01 nats of it, from 0.3. A
-    judge of another policy than the one that wrote, or a reward of the wrong sign, ends elsewhere."""
+    judge of another policy than the one that wrote, or a wrong sign, would end elsewhere."""
     k = 64
     adversary = ExactAdversary(lambda batch: logp_seq(INIT, batch), get_divergence(name))
     policy, _ = train.optimise_policy(SFT, adversary, drawing(k), 120,

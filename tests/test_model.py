@@ -5,11 +5,8 @@ biases and norms included, so that no distribution is near uniform and no term i
 """
 
 import itertools
-import json
 import math
-import pickle
 import random
-import types
 
 import pytest
 import torch
@@ -18,8 +15,7 @@ from hypothesis import example, given, settings, strategies as st
 import model as m
 from model import (
     EOS, PAD, UNK, GPT, GPTConfig, InputError, bpe_tokenizer, collate, encode_documents,
-    encode_pair, load_pretrained, logp_seq, logp_token, sample_logits, sample_responses,
-    save_pretrained, word_tokenizer)
+    encode_pair, logp_seq, logp_token, sample_logits, sample_responses, word_tokenizer)
 
 TEXTS = ["the cat sat on the mat .", "a dog ran at the cat .", "señor — 日本 ☼"]
 BPE = bpe_tokenizer(TEXTS, 300)
@@ -520,84 +516,7 @@ def test_encode_documents_covers_all_tokens():
     assert [ids for _, ids in both] == [[3, 4, WORDS.eos], [5, 6, WORDS.eos]]
 
 
-# ---- checkpoints --------------------------------------------------------------------------------
-
-def saved(folder):
-    model = tiny(len(WORDS), 16, WORDS.suppress).float()
-    save_pretrained(folder, model, WORDS, note="kept")
-    return model
-
-
-def test_checkpoint_round_trip(tmp_path):
-    """A failure means that a run cannot be taken up where it was left."""
-    model = saved(tmp_path / "a" / "b")
-    loaded, tokenizer, config = load_pretrained(tmp_path / "a" / "b")
-    idx = torch.tensor([[3, 4, 5, 6, 1, 2]])
-    assert torch.equal(loaded(idx), model(idx))
-    assert (loaded(idx)[..., list(WORDS.suppress)] == -math.inf).all()
-    assert tokenizer.encode("the dog .") == WORDS.encode("the dog .")
-    assert config["note"] == "kept" and config["n_positions"] == 16
-    assert sorted(path.name for path in (tmp_path / "a" / "b").iterdir()) == [
-        "config.json", "pytorch_model.bin", "tokenizer.json"]
-
-
-def config_of(folder, **changes):
-    path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
-
-DAMAGE = {
-    "no config": lambda d: (d / "config.json").unlink(),
-    "no weights": lambda d: (d / "pytorch_model.bin").unlink(),
-    "no tokenizer": lambda d: (d / "tokenizer.json").unlink(),
-    "no folder": lambda d: [path.unlink() for path in d.iterdir()] and d.rmdir(),
-    "garbage weights": lambda d: (d / "pytorch_model.bin").write_bytes(b"garbage\n" * 9),
-    "empty weights": lambda d: (d / "pytorch_model.bin").write_bytes(b""),
-    "cut weights": lambda d: (d / "pytorch_model.bin").write_bytes(
-        (d / "pytorch_model.bin").read_bytes()[:-100]),
-    "weights of no model": lambda d: torch.save(torch.zeros(3), d / "pytorch_model.bin"),
-    "other weights": lambda d: torch.save({"x": torch.zeros(3)}, d / "pytorch_model.bin"),
-    "foreign config": lambda d: (d / "config.json").write_text('{"model_type": "bert"}'),
-    "config is a list": lambda d: (d / "config.json").write_text("[]"),
-    "config is no JSON": lambda d: (d / "config.json").write_text("{\n\n"),
-    "another depth": lambda d: config_of(d, n_layer=3),
-    "another width": lambda d: config_of(d, n_embd=16),
-    "another vocabulary": lambda d: config_of(d, vocab_size=9),
-    "suppresses nothing it has": lambda d: config_of(d, suppress_tokens=[99]),
-    "garbage tokenizer": lambda d: (d / "tokenizer.json").write_text("{}"),
-    "binary tokenizer": lambda d: (d / "tokenizer.json").write_bytes(b"\xff\x00"),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
-def test_damaged_checkpoints_are_one_line_that_names_the_folder(damage, tmp_path):
-    """A failure means that a user who names the wrong folder sees a traceback, or, worse, that a
-    model comes out which is not the one that was saved."""
-    saved(tmp_path / "run")
-    damage(tmp_path / "run")
-    with pytest.raises(InputError) as error:
-        load_pretrained(tmp_path / "run")
-    message = str(error.value)
-    assert message.startswith(str(tmp_path / "run")) and "\n" not in message
-
-
-class Payload:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (self.path, "w")
-
-
-def test_weights_cannot_run_code(tmp_path):
-    """A failure means that loading a downloaded checkpoint runs whatever its author put there."""
-    saved(tmp_path / "run")
-    for write in (torch.save, lambda x, f: f.write_bytes(pickle.dumps(x, protocol=2))):
-        write({"x": Payload(str(tmp_path / "ran"))}, tmp_path / "run" / "pytorch_model.bin")
-        with pytest.raises(InputError):
-            load_pretrained(tmp_path / "run")
-    assert not (tmp_path / "ran").exists()
-
+# ---- files --------------------------------------------------------------------------------------
 
 def test_interrupted_write_keeps_the_old_file(tmp_path):
     """A failure means that stopping a run at the wrong moment loses the checkpoint before it."""

@@ -157,7 +157,8 @@ def test_columns_of_which_nothing_is_known_are_left_out():
 def test_highlighted_clauses_are_those_that_golden_adds_up(name):
     """Each clause under its kind, the marks apart, no letter lost; else the colours would lie."""
     task, rng = TextTask(name, heterogeneity=1.0), random.Random(1)
-    world, odd = world_of(task), ["", ".", " . ", "~", "so . ~", "~ ~ so", ". . a", "a\n b .", "♪ ."]
+    world = world_of(task)
+    odd = ["", ".", " . ", "~", "so . ~", "~ ~ so", ". . a", "a\n b .", "♪ ."]
     seen = set()
     for prompt in rng.sample(sorted(task.prompts), 60):
         for text in [*odd, task.demonstrate(prompt, rng), task.sample(prompt, rng)]:

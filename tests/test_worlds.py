@@ -13,7 +13,7 @@ def world_of(path, *rows, **more):
     """The world of a file with these records, with a budget of 12 tokens a prompt."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return file_world(SimpleNamespace(**{**dict(
-        demos=str(path), corpus=None, prompts=None, gold=None, n_demos=99, n_prompts=9,
+        demos=str(path), corpus=None, prompts=None, gold=None, init=None, n_demos=99, n_prompts=9,
         vocab_size=258, max_prompt=12, max_response=8), **more}), 0)
 
 

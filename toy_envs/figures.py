@@ -97,8 +97,8 @@ def by_writer(rows, n):
 def print_table(rows, n):
     """The final table, means over seeds: golden reward beside every proxy."""
     over = "seeds" if len({r["seed"] for r in rows}) > 1 else "prompts"
-    print(f"\ngolden reward in points +- 95% over {over}; best-of-N at N = {n}; in nats: KL(pi|SFT),"
-          "\nrev KL(pi|demonstrator), fwd KL(demonstrator|pi), H entropy")
+    print(f"\ngolden reward in points +- 95% over {over}; best-of-N at N = {n}; in nats:"
+          " KL(pi|SFT),\nrev KL(pi|demonstrator), fwd KL(demonstrator|pi), H entropy")
     columns = (("proxy_mean", "proxy", "6.1f"), ("win_vs_sft", "w/SFT", "6.2f"),
                ("win_vs_demo", "w/demo", "7.2f"), ("kl_from_sft", "KL", "6.1f"),
                ("reverse_kl", "rev", "5.0f"), ("forward_kl", "fwd", "5.1f"),

@@ -27,7 +27,8 @@ from pathlib import Path
 
 import numpy as np
 
-from model import InputError, bpe_tokenizer, collate, encode_pair, load_pretrained
+from model import InputError, bpe_tokenizer, collate, encode_pair
+from toy_envs.checkpoints import load_pretrained
 
 TURN = "\n\nAssistant:"     # HH-RLHF's dialogue strings: the response follows the last one
 ROLES = {"system": "\n\n", "user": "\n\nHuman: ", "assistant": TURN + " "}

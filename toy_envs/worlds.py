@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from model import InputError, bpe_tokenizer, encode_pair, sample_responses, word_tokenizer
+from toy_envs.checkpoints import load_tokenizer
 from toy_envs.files import read_examples, read_prompts, read_texts
 from toy_envs.text_tasks import MAX_WORDS, TextTask
 
@@ -78,6 +79,8 @@ def text_world(s, seed):
 
 def file_world(s, seed):
     """One's own data: demonstrations from a file, split by seed into training and held out."""
+    if s.init and s.corpus:
+        raise InputError("--init is pi_0: there is nothing to pretrain on --corpus")
     examples, left_out = read_examples(s.demos)
     corpus = read_texts(s.corpus) if s.corpus else None
     more_prompts = read_prompts(s.prompts) if s.prompts else []
@@ -95,7 +98,7 @@ def file_world(s, seed):
     more_prompts = [x for x in more_prompts if x not in asked[:n_held]]
     if corpus is None:      # without the rejected answers: they would tell pi_0 what people dislike
         corpus = [e.prompt + e.response for e in learn]
-    tokenizer = bpe_tokenizer(corpus, s.vocab_size)
+    tokenizer = load_tokenizer(s.init) if s.init else bpe_tokenizer(corpus, s.vocab_size)
 
     def cut(prompt):
         return tokenizer.tail(prompt, s.max_prompt)
@@ -124,7 +127,8 @@ def file_world(s, seed):
                f"{n_cut} prompts longer than {s.max_prompt} tokens keep only their end",
                *([f"{len(learn) - len(demos)} demonstrations left out: cut, a held-out prompt"]
                  if len(demos) < len(learn) else []),
-               *([] if s.corpus else ["no --corpus: pi_0 is pretrained on the demonstrations"])])
+               *([] if s.corpus or s.init
+                 else ["no --corpus: pi_0 is pretrained on the demonstrations"])])
 
 
 def load_golden(spec):

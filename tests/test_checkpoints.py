@@ -1,0 +1,600 @@
+"""checkpoints.py against transformers, both ways; what is refused, and that it is named.
+
+The models are tiny and random, every parameter off its default, so that no term is zero by chance.
+"""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import safetensors.torch
+import tokenizers
+import torch
+import transformers
+
+import afd
+from toy_envs import checkpoints as c
+import train
+from toy_envs.checkpoints import (
+    load_init, load_pretrained, load_reward, load_tokenizer, save_pretrained, save_reward)
+from model import (
+    EOS, PAD, UNK, GPT, GPTConfig, InputError, bpe_tokenizer, collate, encode_documents,
+    sample_responses, word_tokenizer)
+from reward import RewardModel
+
+ROOT = Path(__file__).resolve().parent.parent
+TEXTS = ["the cat sat on the mat .", "a dog ran at the cat .", "señor — 日本 ☼"]
+BPE = bpe_tokenizer(TEXTS, 300)
+WORDS = word_tokenizer(["the", "cat", "sat", "."])
+STRINGS = [*TEXTS, "", " ", "  two  spaces\n\n\tand\ta tab ", "don't we're 3.14", "\x00\u200b🙂",
+           f"the {EOS} cat {PAD}{UNK} .", "zebra the"]
+# layers, heads, width, vocabulary, positions: one head, odd sizes, wide, long
+SHAPES = [(1, 1, 8, 300, 16), (3, 3, 12, 311, 12), (2, 4, 64, 320, 40), (4, 2, 10, 303, 24)]
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def off_default(model, seed=0, std=0.3):
+    """Every parameter moved: biases and norms included."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += std * torch.randn(parameter.shape, generator=generator)
+    return model.eval()
+
+
+def ours(shape=SHAPES[1], suppress=(), seed=0):
+    layers, heads, width, vocab, positions = shape
+    torch.manual_seed(seed)
+    return off_default(GPT(GPTConfig(vocab, positions, width, layers, heads,
+                                     suppress_tokens=suppress)), seed)
+
+
+def theirs(shape=SHAPES[1], seed=0, **more):
+    layers, heads, width, vocab, positions = shape
+    torch.manual_seed(seed)
+    return off_default(transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        vocab_size=vocab, n_positions=positions, n_embd=width, n_layer=layers, n_head=heads,
+        bos_token_id=BPE.eos, eos_token_id=BPE.eos, **more)), seed)
+
+
+def write_theirs(folder, model=None, tokenizer=BPE):
+    """A folder as transformers writes it, with a tokenizer beside the model."""
+    (theirs() if model is None else model).save_pretrained(folder)
+    tokenizer.backend.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def tokens(shape, rows=4, seed=1):
+    return torch.randint(shape[3], (rows, shape[4]), generator=torch.Generator().manual_seed(seed))
+
+
+def same_logits(mine, other, idx):
+    with torch.no_grad():
+        expected, got = other(idx).logits, mine(idx)
+    assert expected.std() > 0.5         # not flat: a wrong weight would show
+    finite = got.isfinite()
+    torch.testing.assert_close(got[finite], expected[finite], rtol=0, atol=1e-4)
+    return finite
+
+
+def greedy(model, prompt, n, eos):
+    ids = list(prompt)
+    for _ in range(n):
+        with torch.no_grad():
+            ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
+        if ids[-1] == eos:
+            break
+    return ids
+
+
+def same_greedy(mine, other, shape, eos):
+    seen = set()
+    for prompt in tokens(shape, 6, seed=2)[:, :4].tolist():
+        out = other.generate(torch.tensor([prompt]), do_sample=False,
+                             max_new_tokens=shape[4] - 4, pad_token_id=0)
+        assert greedy(mine, prompt, shape[4] - 4, eos) == out[0].tolist()
+        seen.add(tuple(out[0, 4:].tolist()))
+    assert len(seen) > 1                # the text depends on the prompt
+
+
+def edit(path, **changes):
+    """Change fields of a JSON file; None takes one out."""
+    record = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({k: v for k, v in record.items() if v is not None}))
+
+
+# ---- parity with transformers -------------------------------------------------------------------
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("prefix", [True, False], ids=["lm", "base"])
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+def test_what_transformers_writes_computes_the_same_here(shape, prefix, file, tmp_path):
+    """A failure means that GPT-2's published weights would be read as another model: a transposed
+    matrix, a norm's epsilon or a missing bias. With and without "transformer." (GPT2Model saves
+    without), and as the older file, in which buffers and the tied head stand too."""
+    other = theirs(shape, layer_norm_epsilon=0.02)
+    write_theirs(tmp_path, other if prefix else other.transformer)
+    if file == "pytorch_model.bin":
+        state = other.state_dict() if prefix else other.transformer.state_dict()
+        for i in range(shape[0]):
+            block = f"{'transformer.' * prefix}h.{i}.attn."
+            state |= {block + "bias": torch.ones(1, 1, 9, 9), block + "masked_bias": torch.ones(())}
+        torch.save(dict(state), tmp_path / file)
+        (tmp_path / "model.safetensors").unlink()
+    mine, tokenizer, raw = load_pretrained(tmp_path)
+    assert raw["model_type"] == "gpt2" and mine.config.layer_norm_epsilon == 0.02
+    assert mine.config.suppress_tokens == ()
+    assert same_logits(mine, other, tokens(shape)).all()
+    same_greedy(mine, other, shape, tokenizer.eos)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "bin"])
+def test_what_is_written_here_computes_the_same_in_transformers(shape, safe, tmp_path, monkeypatch):
+    """A failure means that what is trained here is of no use to anyone else. Greedy text must be
+    the same though here suppressed tokens have probability zero at every call."""
+    if not safe:
+        monkeypatch.setattr(c.importlib.util, "find_spec", lambda name: None)
+    (tmp_path / ("pytorch_model.bin" if safe else "model.safetensors")).write_text("stale")
+    mine = ours(shape, suppress=BPE.suppress)
+    save_pretrained(tmp_path, mine, BPE)
+    monkeypatch.undo()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "config.json", "generation_config.json",
+        "model.safetensors" if safe else "pytorch_model.bin", "tokenizer.json",
+        "tokenizer_config.json"]
+    if safe:        # without it, older versions of transformers refuse the file
+        with safetensors.safe_open(tmp_path / "model.safetensors", "pt") as file:
+            assert file.metadata() == {"format": "pt"}
+    other = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(other) is transformers.GPT2LMHeadModel and other.config.attn_pdrop == 0
+    assert other.config.eos_token_id == other.config.bos_token_id == BPE.eos
+    finite = same_logits(mine, other, tokens(shape))
+    assert not finite[..., list(BPE.suppress)].any() and finite.sum() == finite.numel() * (
+        1 - len(BPE.suppress) / shape[3])
+    same_greedy(mine, other, shape, BPE.eos)
+    again, _, _ = load_pretrained(tmp_path)
+    assert torch.equal(again(tokens(shape)), mine(tokens(shape)))
+    assert again.config == mine.config
+
+
+def test_suppressed_tokens_are_left_out_by_their_generate_too(tmp_path):
+    """A failure means that transformers would write padding where pi never does: here every token
+    but three is suppressed."""
+    shape, few = SHAPES[2], (5, 77, 130)
+    mine = ours(shape, suppress=tuple(i for i in range(shape[3]) if i not in few))
+    save_pretrained(tmp_path, mine, BPE)
+    other = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    same_greedy(mine, other, shape, BPE.eos)
+    other.save_pretrained(tmp_path / "again")       # and they survive the way back
+    BPE.backend.save(str(tmp_path / "again" / "tokenizer.json"))
+    assert load_pretrained(tmp_path / "again")[0].config == mine.config
+
+
+def test_there_and_back_again_is_the_same_model(tmp_path):
+    """theirs -> ours -> theirs: no tensor changes, not by rounding either."""
+    write_theirs(tmp_path / "a")
+    save_pretrained(tmp_path / "b", *load_pretrained(tmp_path / "a")[:2])
+    a, b = (safetensors.torch.load_file(tmp_path / name / "model.safetensors") for name in "ab")
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_files_become_float32(dtype, tmp_path):
+    other = theirs().to(dtype)
+    write_theirs(tmp_path, other)
+    mine, _, _ = load_pretrained(tmp_path)
+    assert mine.wte.weight.dtype == torch.float32
+    same_logits(mine, other.float(), tokens(SHAPES[1]))
+
+
+# ---- tokenizers ---------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("tokenizer", [BPE, WORDS], ids=["bpe", "words"])
+def test_token_ids_are_those_of_autotokenizer(tokenizer, tmp_path):
+    """A failure means that a text would be other tokens outside: also where it spells a special
+    token, which is only text in both."""
+    save_pretrained(tmp_path, ours(), tokenizer)
+    other = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    mine = load_tokenizer(tmp_path)
+    for text in STRINGS:
+        ids = tokenizer.encode(text)
+        assert other(text)["input_ids"] == mine.encode(text) == ids
+        assert other.decode(ids, skip_special_tokens=True) == tokenizer.decode(ids)
+        assert mine.decode([*ids, mine.eos]) == tokenizer.decode(ids)
+    assert (other.eos_token_id, other.bos_token_id) == (tokenizer.eos, tokenizer.eos)
+    assert (other.pad_token_id, other.unk_token_id) == (tokenizer.pad, tokenizer.unk)
+    assert other.model_max_length == 12 and len(other) == len(tokenizer)
+
+
+def gpt2_files(folder, special=(EOS,)):
+    """vocab.json and merges.txt as GPT-2's: its <|endoftext|> is the last id, and no padding."""
+    folder.mkdir(exist_ok=True)
+    backend = tokenizers.ByteLevelBPETokenizer()
+    backend.train_from_iterator(TEXTS, 290, show_progress=False)
+    backend.save_model(str(folder))
+    vocab = json.loads((folder / "vocab.json").read_text())
+    vocab |= {token: len(vocab) + i for i, token in enumerate(special)}
+    (folder / "vocab.json").write_text(json.dumps(vocab))
+    return len(vocab)
+
+
+def test_vocab_json_and_merges_txt_are_gpt2_s_tokenizer(tmp_path):
+    """A failure means that GPT-2's own files are read as another tokenizer than transformers'."""
+    size = gpt2_files(tmp_path)
+    theirs().save_pretrained(tmp_path)
+    mine, other = load_tokenizer(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert type(other).__name__.startswith("GPT2")
+    assert mine.eos == other.eos_token_id == size - 1
+    assert mine.pad is None and mine.unk is None and mine.suppress == () and len(mine) == size
+    for text in STRINGS:
+        if EOS not in text:             # there that is the end, here only text
+            assert mine.encode(text) == other(text)["input_ids"]
+            assert mine.decode([*mine.encode(text), mine.eos]) == text
+    assert mine.eos not in mine.encode(f"the {EOS} cat")
+    save_pretrained(tmp_path / "again", load_pretrained(tmp_path)[0], mine)
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path / "again")
+    assert [again(text)["input_ids"] for text in STRINGS] == [mine.encode(text) for text in STRINGS]
+    assert again.pad_token_id is None and again.eos_token_id == mine.eos
+
+
+def test_a_tokenizer_that_pads_cuts_or_adds_is_only_a_tokenizer(tmp_path):
+    """Many files on the hub carry a length to cut to and padding for their own training: with them
+    texts would be cut without a word."""
+    backend = tokenizers.Tokenizer.from_str(BPE.backend.to_str())
+    backend.enable_truncation(3)
+    backend.enable_padding(length=50)
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+        single=f"{EOS} $0", special_tokens=[(EOS, BPE.eos)])
+    write_theirs(tmp_path)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    mine = load_tokenizer(tmp_path)
+    assert [mine.encode(text) for text in STRINGS] == [BPE.encode(text) for text in STRINGS]
+    assert load_pretrained(tmp_path)[1].encode("the cat") == BPE.encode("the cat")
+    assert encode_documents(mine, TEXTS, 8) == encode_documents(BPE, TEXTS, 8)
+
+
+# ---- what is refused ----------------------------------------------------------------------------
+
+def tensors_of(folder, change):
+    path = folder / "model.safetensors"
+    state = safetensors.torch.load_file(path)
+    change(state)
+    safetensors.torch.save_file(state, path, metadata={"format": "pt"})
+
+
+H = "transformer.h.0."
+FIELDS = {
+    "model_type": "gpt_neo", "activation_function": "relu", "n_inner": 47,
+    "scale_attn_weights": False, "scale_attn_by_inverse_layer_idx": True,
+    "add_cross_attention": True, "tie_word_embeddings": False, "vocab_size": "many", "n_layer": 0,
+    "n_head": 5, "n_positions": 1.5}
+TENSORS = {
+    "ln_f.bias is missing": lambda s: s.pop("transformer.ln_f.bias"),
+    "h.0.attn.c_attn.bias is missing": lambda s: s.pop(H + "attn.c_attn.bias"),
+    "multiple_choice_head.weight is not in GPT-2":
+        lambda s: s.update({"multiple_choice_head.weight": torch.zeros(2)}),
+    "h.0.attn.q_attn.weight is not in GPT-2":
+        lambda s: s.update({H + "attn.q_attn.weight": torch.zeros(2, 2)}),
+    r"wpe.weight is \(4, 12\), not \(12, 12\)":
+        lambda s: s.update({"transformer.wpe.weight": torch.zeros(4, 12)}),
+    r"h.0.mlp.c_fc.weight is \(48, 12\), not \(12, 48\)":      # nn.Linear's layout
+        lambda s: s.update({H + "mlp.c_fc.weight": torch.zeros(48, 12)}),
+    r"h.0.ln_1.weight is \(\), not \(12,\)":
+        lambda s: s.update({H + "ln_1.weight": torch.tensor(1.0)}),
+    "lm_head.weight": lambda s: s.update({"lm_head.weight": 1 + s["transformer.wte.weight"]}),
+}
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_a_config_that_is_not_computed_here_is_refused_by_its_field(field, tmp_path):
+    """A failure means that another architecture is read as GPT-2, and writes nonsense."""
+    write_theirs(tmp_path)
+    edit(tmp_path / "config.json", **{field: FIELDS[field]})
+    with pytest.raises(InputError, match=field):
+        load_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("field", ["vocab_size", "n_positions", "n_embd", "n_layer", "n_head"])
+def test_a_config_without_a_size_is_refused(field, tmp_path):
+    """A failure means that a default of ours stands in for what the file does not say."""
+    write_theirs(tmp_path)
+    edit(tmp_path / "config.json", **{field: None})
+    with pytest.raises(InputError, match=f"{field} is None"):
+        load_pretrained(tmp_path)
+
+
+def test_the_same_computation_under_another_name_is_not_refused(tmp_path):
+    other = theirs()
+    write_theirs(tmp_path, other)
+    edit(tmp_path / "config.json", activation_function="gelu_pytorch_tanh", n_inner=48,
+         tie_word_embeddings=None, n_ctx=None, reorder_and_upcast_attn=True, architectures=None)
+    tensors_of(tmp_path, lambda s: s.update(
+        {"lm_head.weight": s["transformer.wte.weight"].clone()}))
+    same_logits(load_pretrained(tmp_path)[0], other, tokens(SHAPES[1]))
+
+
+@pytest.mark.parametrize("named", TENSORS)
+def test_a_tensor_that_does_not_fit_is_named(named, tmp_path):
+    """A failure means that part of a model stays random, or that a user must guess which."""
+    tensors_of(write_theirs(tmp_path), TENSORS[named])
+    with pytest.raises(InputError, match=named) as error:
+        load_pretrained(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_vocabulary_larger_than_the_model_s_is_refused(tmp_path):
+    """By ids, not by their number: an id beyond the embedding would fail in the middle of a run."""
+    write_theirs(tmp_path, theirs((1, 1, 8, len(BPE) - 1, 16)))
+    with pytest.raises(InputError, match=f"{len(BPE) - 1}.*vocab_size"):
+        load_pretrained(tmp_path)
+    write_theirs(tmp_path, theirs((1, 1, 8, len(BPE), 16)))
+    load_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    size = gpt2_files(tmp_path)
+    edit(tmp_path / "vocab.json", **{EOS: 900})
+    assert size < 300
+    with pytest.raises(InputError, match="900.*vocab_size"):
+        load_pretrained(tmp_path)
+
+
+def test_a_tokenizer_without_an_end_is_refused(tmp_path):
+    """A failure means that an end is made up, with an embedding that means something else."""
+    theirs().save_pretrained(tmp_path)
+    gpt2_files(tmp_path, special=())
+    with pytest.raises(InputError, match="endoftext"):
+        load_pretrained(tmp_path)
+
+
+def older_file(folder, value, write=torch.save):
+    (folder / "model.safetensors").unlink()
+    write(value, folder / "pytorch_model.bin")
+
+
+DAMAGE = {
+    "no config": lambda d: (d / "config.json").unlink(),
+    "no weights": lambda d: (d / "model.safetensors").unlink(),
+    "no tokenizer": lambda d: (d / "tokenizer.json").unlink(),
+    "no merges": lambda d: (d / "tokenizer.json").rename(d / "vocab.json"),
+    "garbage weights": lambda d: (d / "model.safetensors").write_bytes(b"garbage\n" * 9),
+    "empty weights": lambda d: (d / "model.safetensors").write_bytes(b""),
+    "cut weights": lambda d: (d / "model.safetensors").write_bytes(
+        (d / "model.safetensors").read_bytes()[:-100]),
+    "garbage in the older file": lambda d: older_file(
+        d, b"garbage\n" * 9, lambda value, f: f.write_bytes(value)),
+    "a tensor alone": lambda d: older_file(d, torch.zeros(3)),
+    "no tensors": lambda d: older_file(d, {"x": 1}),
+    "config is a list": lambda d: (d / "config.json").write_text("[]"),
+    "config is no JSON": lambda d: (d / "config.json").write_text("{\n\n"),
+    "another depth": lambda d: edit(d / "config.json", n_layer=4),
+    "another width": lambda d: edit(d / "config.json", n_embd=24, n_inner=None),
+    "suppresses what it has not": lambda d: edit(d / "generation_config.json",
+                                                 suppress_tokens=[9999]),
+    "garbage tokenizer": lambda d: (d / "tokenizer.json").write_text("{}"),
+    "binary tokenizer": lambda d: (d / "tokenizer.json").write_bytes(b"\xff\x00"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_damaged_checkpoints_are_one_line_that_names_the_folder(damage, tmp_path):
+    """A failure means that a user who names the wrong folder sees a traceback, or, worse, that a
+    model comes out which is not the one that was saved."""
+    save_pretrained(tmp_path / "run", ours(suppress=BPE.suppress), BPE)
+    damage(tmp_path / "run")
+    with pytest.raises(InputError) as error:
+        load_pretrained(tmp_path / "run")
+    message = str(error.value)
+    assert message.startswith(str(tmp_path / "run")) and "\n" not in message
+
+
+def test_missing_files_are_named(tmp_path):
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        save_pretrained(tmp_path, ours(), BPE)
+        (tmp_path / name).unlink()
+        with pytest.raises(InputError, match=f"{name}.* is missing"):
+            load_pretrained(tmp_path)
+
+
+class Payload:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+@pytest.mark.parametrize("write", [torch.save, lambda x, f: f.write_bytes(
+    pickle.dumps(x, protocol=2))], ids=["torch", "pickle"])
+def test_weights_cannot_run_code(write, tmp_path):
+    """A failure means that loading a downloaded checkpoint runs whatever its author put there."""
+    save_reward(tmp_path / "run", RewardModel(ours()), BPE)
+    payload = {"x": Payload(str(tmp_path / "ran"))}
+    write(payload, tmp_path / "run" / "reward_head.pt")
+    with pytest.raises(InputError):
+        load_reward(tmp_path / "run")
+    older_file(tmp_path / "run", payload, write)
+    with pytest.raises(InputError):
+        load_pretrained(tmp_path / "run")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_without_safetensors_the_older_file_is_preferred_and_the_other_says_what_is_missing(
+        tmp_path, monkeypatch):
+    save_pretrained(tmp_path, ours(), BPE)
+    monkeypatch.setattr(c.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(InputError, match="safetensors"):
+        load_pretrained(tmp_path)
+    mine = ours(seed=1)
+    save_pretrained(tmp_path / "b", mine, BPE)
+    (tmp_path / "model.safetensors").rename(tmp_path / "b" / "model.safetensors")
+    assert torch.equal(load_pretrained(tmp_path / "b")[0].wte.weight, mine.wte.weight)
+
+
+# ---- reward models ------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("head", ["sum", "last"])
+def test_a_reward_model_comes_back(head, tmp_path):
+    """A failure means that a trained reward model cannot be used after its run."""
+    torch.manual_seed(0)
+    reward = RewardModel(ours(suppress=BPE.suppress), head)
+    torch.nn.init.normal_(reward.score.weight)
+    torch.nn.init.normal_(reward.score.bias)
+    save_reward(tmp_path, reward, BPE)
+    again, tokenizer = load_reward(tmp_path)
+    batch = collate([([5, 6], [7, 8, 1]), ([5], [9, 1])])
+    assert again.head == head and tokenizer.eos == BPE.eos
+    assert torch.equal(again(batch), reward(batch)) and reward(batch).abs().min() > 0.01
+    load_pretrained(tmp_path)           # its trunk is a checkpoint like any other
+    (tmp_path / "reward_head.pt").unlink()
+    with pytest.raises(InputError, match="reward_head.pt is missing"):
+        load_reward(tmp_path)
+
+
+# ---- names on the hub ---------------------------------------------------------------------------
+
+@pytest.mark.parametrize("has", ["model.safetensors", "pytorch_model.bin"])
+def test_a_name_is_fetched_from_the_hub(has, tmp_path, monkeypatch):
+    """A failure means that both files of weights are fetched, which is twice the bytes, or files
+    that nothing reads; GPT-2's folder on the hub holds a dozen forms of its weights."""
+    if has == "pytorch_model.bin":
+        monkeypatch.setattr(c.importlib.util, "find_spec", lambda name: None)
+    save_pretrained(tmp_path / "hub", ours(), BPE)
+    monkeypatch.undo()
+    asked = []
+
+    def snapshot_download(name, allow_patterns):
+        asked.append((name, [p for p in allow_patterns if p.startswith(("model", "pytorch"))]))
+        assert {"config.json", "tokenizer.json", "vocab.json", "merges.txt",
+                "generation_config.json"} <= {*allow_patterns}
+        return str(tmp_path / "hub")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.chdir(tmp_path)
+    model, tokenizer, _ = load_pretrained("someone/gpt2")
+    assert torch.equal(model.wte.weight, ours().wte.weight) and tokenizer.eos == BPE.eos
+    files = ["model.safetensors", "pytorch_model.bin"]
+    assert asked == [("someone/gpt2", [file]) for file in files[:files.index(has) + 1]]
+
+
+def test_a_folder_is_never_looked_for_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: pytest.fail("asked"))
+    save_pretrained(tmp_path / "gpt2", ours(), BPE)
+    monkeypatch.chdir(tmp_path)
+    load_pretrained("gpt2")
+
+
+def test_without_a_network_a_name_is_one_line_that_says_what_was_tried(tmp_path):
+    """The real library, switched off line: status 2, nothing written."""
+    got = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), "sft", "--demos", "x", "--init", "gpt2", "--out",
+         "o"], cwd=tmp_path, capture_output=True, text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub")})
+    assert got.returncode == 2 and got.stdout == "" and not (tmp_path / "o").exists()
+    assert got.stderr.startswith("error: gpt2: cannot be loaded: no such folder")
+    assert "Hugging Face hub" in got.stderr and got.stderr.count("\n") == 1
+
+
+# ---- --init -------------------------------------------------------------------------------------
+
+@pytest.fixture
+def demos(tmp_path):
+    rows = [{"prompt": f"the cat {i}?", "response": f"it sat {i} — señor"} for i in range(30)]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(tmp_path / "d.jsonl")
+
+
+def gpt2_folder(folder, positions=64):
+    """As GPT-2 comes: vocab.json and merges.txt, no padding, <|endoftext|> last."""
+    size = gpt2_files(folder)
+    theirs((1, 2, 8, size, positions)).save_pretrained(folder)
+    return str(folder)
+
+
+def test_own_data_with_init_has_the_checkpoint_s_model_and_tokenizer(demos, tmp_path, capsys):
+    """A failure means that GPT-2 is given another tokenizer's ids, or a random model trained in its
+    place. The whole line runs on a checkpoint without padding or unknown word."""
+    init = gpt2_folder(tmp_path / "gpt2")
+    results = afd.main([
+        "--demos", demos, "--init", init, "--out", str(tmp_path / "o"), "--device", "cpu",
+        "--n-samples", "20", "--n-candidates", "4", "--max-prompt", "40", "--max-response", "20",
+        "--methods", "po,closed-form,spin", "--policy-steps", "1", "--n-embd", "32"])
+    said = capsys.readouterr().out
+    assert "pretraining on" not in said and "pretrained" not in said
+    assert {"po", "spin"} <= {row["method"] for row in results["rows"]}
+    pi0, tokenizer, raw = load_pretrained(tmp_path / "o" / "seed0" / "init")
+    same = load_pretrained(init)
+    assert pi0.config == same[0].config and tokenizer.pad is None and raw["pad_token_id"] is None
+    assert all(torch.equal(a, b) for a, b in zip(pi0.parameters(), same[0].parameters()))
+    assert tokenizer.backend.get_vocab() == same[1].backend.get_vocab()
+    rewritten = transformers.AutoTokenizer.from_pretrained(tmp_path / "o" / "seed0" / "sft")
+    assert rewritten("señor 3")["input_ids"] == same[1].encode("señor 3")
+
+
+def test_an_init_that_does_not_fit_is_refused(demos, tmp_path):
+    init = gpt2_folder(tmp_path / "gpt2", positions=59)
+    argv = ["--init", init, "--out", str(tmp_path / "o")]
+    room = ["--demos", demos, "--max-prompt", "40", "--max-response", "20"]
+    for more, said in ((room, "59 positions are too few for prompts of 40 and responses of 20"),
+                       ([], "tokenizer is not that of this data"),
+                       ([*room, "--corpus", demos], "--corpus")):
+        with pytest.raises(InputError, match=said):
+            afd.main([*argv, *more])
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_built_in_task_takes_back_what_its_own_run_wrote(tmp_path):
+    """Only with the task's tokenizer: the ids of another would be other words."""
+    world = types.SimpleNamespace(tokenizer=WORDS, max_prompt=6, max_response=6)
+    save_pretrained(tmp_path / "same", ours(), WORDS)
+    assert load_init(tmp_path / "same", world).config == ours().config
+    save_pretrained(tmp_path / "other", ours(), word_tokenizer(["cat", "the", "sat", "."]))
+    with pytest.raises(InputError, match="not that of this data"):
+        load_init(tmp_path / "other", world)
+
+
+def test_training_goes_on_from_a_checkpoint_stage_by_stage(demos, tmp_path, capsys):
+    """pretrain, sft and reward from GPT-2's files; what comes out opens in transformers."""
+    init = gpt2_folder(tmp_path / "gpt2")
+    (tmp_path / "c.txt").write_text("the cat sat\n\nthe dog ran")
+    out = {stage: tmp_path / stage for stage in ("pretrain", "sft", "reward")}
+    common = ["--max-response", "20", "--lr", "1e-5"]
+    train.main(["pretrain", "--corpus", str(tmp_path / "c.txt"), "--init", init, "--out",
+                str(out["pretrain"]), *common])
+    train.main(["sft", "--demos", demos, "--init", str(out["pretrain"]), "--out", str(out["sft"]),
+                *common])
+    train.main(["reward", "--positives", demos, "--negatives", demos, "--init", str(out["sft"]),
+                "--out", str(out["reward"]), *common])
+    first = load_pretrained(init)[0]
+    for stage, folder in out.items():
+        mine, tokenizer, _ = load_pretrained(folder)
+        assert mine.config == first.config and tokenizer.pad is None
+        distance = (mine.wte.weight - first.wte.weight).abs().max()
+        assert 0 < distance < 1e-2, stage       # it went on from there
+        other = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        same_logits(mine, other, tokens((1, 2, 8, first.config.vocab_size, 64)))
+    load_reward(out["reward"])
+
+
+def test_a_checkpoint_without_padding_is_sampled_like_any(tmp_path):
+    """PAD is not EOS and GPT-2 has no PAD: responses end at <|endoftext|>, rows of other lengths
+    are padded with an id that means something else, and nothing of it shows."""
+    mine, tokenizer, _ = load_pretrained(gpt2_folder(tmp_path / "gpt2"))
+    prompts = [tokenizer.encode(text) for text in ("the cat", "a dog ran at the cat", "☼")]
+    generator = torch.Generator().manual_seed(0)
+    together = sample_responses(mine, prompts, 40, 20, tokenizer.eos, generator)
+    lengths = {len(ids) for responses in together for ids in responses}
+    assert len(lengths) > 3
+    for responses in together:
+        for ids in responses:
+            assert tokenizer.eos not in ids[:-1] and (len(ids) == 20 or ids[-1] == tokenizer.eos)
