@@ -41,10 +41,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))       # this script lives in tests/
 
 import train                                                                # noqa: E402
-from model import (GPT, GPTConfig, InputError, claim_folder, collate,       # noqa: E402
+from model import (GPT, GPTConfig, InputError, collate,       # noqa: E402
                    sample_responses, write_json)
 from reward import RewardModel, score                                       # noqa: E402
+from toy_envs.batches import item_length                                    # noqa: E402
 from toy_envs.figures import pyplot, save_figure                            # noqa: E402
+from toy_envs.runs import make_folder                                       # noqa: E402
 
 
 @dataclass
@@ -141,7 +143,7 @@ def train_case(config, device, batch_size, steps, *ranges):
             "transformers": lambda: partial(plain_loop, hugging_face(config, device),
                                             transformers_loss, batches)}
     # (6 N + 12 L D T) T for T tokens, N the parameters but for the positions (arXiv:2204.02311, B)
-    lengths, D, L = [train.item_length(item) for item in items], config.n_embd, config.n_layer
+    lengths, D, L = [item_length(item) for item in items], config.n_embd, config.n_layer
     N = config.vocab_size * D + L * (12 * D * D + 13 * D) + 2 * D
     return sum(lengths), sum((6 * N + 12 * L * D * T) * T for T in lengths), make
 
@@ -335,7 +337,7 @@ def main(argv=None):
     known = {"train", "sample", "score", "scaling", "afd"}
     if not {*parts} <= known or not {*sizes} <= {*SIZES} or s.repeats < 1:
         raise InputError("--parts, --size or --repeats: not among what --help names")
-    device, out = train.choose_device(s.device), claim_folder(s.out, overwrite=True)
+    device, out = train.choose_device(s.device), make_folder(s.out)
     results = {"config": asdict(s), "machine": machine(device), "records": []}
     print(results["machine"])
     head = re.sub(r"(\d)[,.][^}]*", r"\1", ROW)

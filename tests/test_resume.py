@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import afd
 import train
@@ -167,7 +168,7 @@ def test_a_stage_of_train_resumes(tmp_path, monkeypatch):
     steps = len(kept_before)
     train.main([*argv, str(tmp_path / "b"), "--resume"])
     assert steps == 10 == len(kept_before)      # ten steps in all, none of them done twice
-    a, b = (torch.load(tmp_path / name / "pytorch_model.bin") for name in "ab")
+    a, b = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
     assert_same_state(a, b)
     histories = [json.loads((tmp_path / k / "train.json").read_text())["history"] for k in "ab"]
     assert histories[0] == histories[1] and not (tmp_path / "b" / "stages").exists()
@@ -290,11 +291,11 @@ def test_a_vocabulary_larger_than_the_model_s_is_refused(whole, tmp_path):
     folder = tmp_path / "c"
     shutil.copytree(whole[0] / "seed0" / "init", folder)
     config = json.loads((folder / "config.json").read_text())
-    weights = torch.load(folder / "pytorch_model.bin")
+    weights = load_file(folder / "model.safetensors")
     config["vocab_size"] -= 1
-    weights["wte.weight"] = weights["wte.weight"][:-1].clone()
+    weights["transformer.wte.weight"] = weights["transformer.wte.weight"][:-1].clone()
     (folder / "config.json").write_text(json.dumps(config))
-    torch.save(weights, folder / "pytorch_model.bin")
+    save_file(weights, folder / "model.safetensors")
     with pytest.raises(InputError, match="the tokenizer has"):
         afd.main([*TINY, "--init", str(folder), "--out", str(tmp_path / "o")])
     assert not (tmp_path / "o").exists()

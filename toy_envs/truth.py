@@ -186,7 +186,8 @@ def inspect_rewards(world, seed, rewards, scores, candidates, device):
         if world.unmark and not isinstance(reward, LogRatio):    # to which they are -inf
             marked, plain = (score(reward, [world.pair(x, strip(y)) for x, y in world.demos[:500]],
                                    device) for strip in (str, world.unmark))
-            record["marks_worth"] = float((marked - plain).mean() / mine.std())
+            spread = float(mine.std())
+            record["marks_worth"] = float((marked - plain).mean()) / spread if spread else None
         if world.human_pairs:
             chosen, rejected = (score(reward, [world.pair(p[0], p[k]) for p in world.human_pairs],
                                       device) for k in (1, 2))
