@@ -192,12 +192,18 @@ class GPT(nn.Module):
         return hidden[:, -1], caches, F.pad(later, (0, max_new_tokens))[:, None, None]
 
 
+CACHE_NUMBERS = 2 ** 29     # 2 GB in float32: what sampling may keep of keys and values
+
+
 @torch.inference_mode()
 def sample_responses(model, prompts, n, max_new_tokens, eos, generator, rows=1024, label=None):
     """n sampled responses, EOS included, to each prompt (a list of ids): [prompt][candidate].
 
-    Prompts go through in order, as many at a time as give about `rows` candidates.
+    Prompts go through in order, as many at a time as give about `rows` candidates, or fewer where
+    the caches of keys and values of so many would not fit CACHE_NUMBERS.
     """
+    slots = max(map(len, prompts), default=0) + max_new_tokens
+    rows = min(rows, CACHE_NUMBERS // (2 * len(model.h) * model.config.n_embd * slots))
     device, responses, chunk = model.wte.weight.device, [], max(1, rows // n)
     for start in tqdm(range(0, len(prompts), chunk), desc=label, disable=None, leave=False):
         batch = collate([(prompt, []) for prompt in prompts[start:start + chunk]], device)

@@ -1,5 +1,6 @@
 """The whole line, small: what a run writes, that it repeats, and every bad input it refuses."""
 
+import dataclasses
 import json
 import math
 import subprocess
@@ -12,11 +13,12 @@ import pytest
 import torch
 
 import afd
-from toy_envs.checkpoints import load_pretrained
 from model import InputError
 from reward import CONTROLS, REWARD_MODELS
+from toy_envs.checkpoints import load_pretrained
 from toy_envs.text_tasks import FLOURISHES, TextTask
 from toy_envs.truth import held_out_quality
+from train import parse_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--n-corpus", "300", "--n-demos", "60", "--n-samples", "60", "--n-prompts", "6",
@@ -299,3 +301,12 @@ def test_from_the_shell_bad_input_is_one_line_and_status_2(tmp_path):
     assert got.returncode == 2 and got.stdout == ""
     assert got.stderr.startswith("error: ") and got.stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_a_wider_policy_learns_at_a_lower_rate():
+    """Rates of width 64 would wreck GPT-2's weights at its 768: a twelfth of them is left."""
+    s = parse_settings(afd.Settings, [])
+    narrow, wide = afd.schedules(s), afd.schedules(dataclasses.replace(s, n_embd=768))
+    assert narrow["sft"].lr == 1e-3 and {*narrow} == {*wide}
+    assert all(wide[name].lr == pytest.approx(plan.lr / 12) for name, plan in narrow.items())
+    assert afd.schedules(dataclasses.replace(s, n_embd=16)) == narrow

@@ -383,6 +383,20 @@ def test_sample_responses_keeps_prompts_and_candidates_together(rows):
     assert got == expected
 
 
+def test_sampling_stays_within_its_memory(monkeypatch):
+    """A failure means that GPT-2 samples a thousand responses at a time, and no card holds that:
+    as many rows as fit 2 (keys, values) x layers x width x slots numbers, at least one prompt's."""
+    model, rows = tiny(7, 16), []
+    monkeypatch.setattr(model, "_prefill", lambda prompts, *rest: (
+        rows.append(len(prompts)), m.GPT._prefill(model, prompts, *rest))[1])
+    per_row = 2 * model.config.n_layer * model.config.n_embd * (4 + 6)
+    for room, expected in ((10 * per_row, [3, 3, 1]), (per_row, [1] * 7), (1000 * per_row, [7])):
+        monkeypatch.setattr(m, "CACHE_NUMBERS", room)
+        rows.clear()
+        got = sample_responses(model, [[2, 3], [4, 5, 6, 6]] * 3 + [[2]], 3, 6, None, None)
+        assert rows == expected and [len(row) for row in got] == [3] * 7
+
+
 # ---- one draw -----------------------------------------------------------------------------------
 
 def draw_at(u, logits):
