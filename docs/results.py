@@ -58,6 +58,9 @@ def settings():
                          (task, f"--task {task} --heterogeneity {level} {SELECT}"))
     for level in ("0", "1"):
         found[f"last-h{level}"] = "helpful", f"--head last --heterogeneity {level} {SELECT}"
+    found["more-h1"] = "helpful", f"--heterogeneity 1 {SELECT}"     # five further seeds
+    found["small"] = "small", (f"{SMALL} --methods adversarial,adversarial-exact --rewards "
+                               "log-ratio --n-candidates 2")
     for n, epochs in FEW.items():
         found[f"demos{n}"] = "helpful", (f"--n-demos {n} --n-preferences {n} --sft-epochs {epochs} "
                                          "--methods po --rewards init-sft,preference,floored "
@@ -65,9 +68,6 @@ def settings():
     for noise in NOISE:
         found[f"noise{noise}"] = "helpful", (f"--label-noise {noise} --methods po,dpo --rewards "
                                              "preference --optimise preference --n-candidates 16")
-    found["more-h1"] = "helpful", f"--heterogeneity 1 {SELECT}"     # five further seeds
-    found["small"] = "small", (f"{SMALL} --methods adversarial,adversarial-exact --rewards "
-                               "log-ratio --n-candidates 2")
     return found
 
 

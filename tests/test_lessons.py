@@ -362,6 +362,17 @@ def test_what_lessons_say_is_level_or_turns():
     for name in ("adversarial reverse_kl", "adversarial forward_kl"):
         kl = results.values(DATA, "helpful-h0", name, "kl_from_sft")
         assert max(kl.values()) < 0.5, "lesson 3: adversarial imitation hardly moves"
+    for group in ("helpful-h0", "small"):
+        exact = [f"adversarial-exact {name}" for name in ("reverse_kl", "forward_kl")]
+        sft = results.values(DATA, group, "sft", "reverse_kl")
+        seek = results.values(DATA, group, exact[0], "reverse_kl")
+        assert all(seek[k] < sft[k] / 2 for k in sft), "lesson 3: it closes most of the reverse KL"
+        for column in ("forward_kl", "entropy"):
+            mean, half = gain(group, *exact, column)
+            mean = mean if column == "forward_kl" else -mean
+            assert mean - half > 0, f"lesson 2: the two part in {column}, {group}"
+    mean, half = gain("helpful-h0", "sft", "adversarial-exact reverse_kl")
+    assert mean - half > 0, "lesson 2: closer in reverse KL is not better written"
     proxies = [gain("helpful-h1", name, name, "proxy_mean", 16, 1)[0]
                for name in ("init-demo", "sft-demo", "init-sft")]
     assert min(proxies[:2]) > 2 * proxies[2], "lesson 6: the misled promise the most"
