@@ -210,7 +210,7 @@ COLUMNS = (("golden", "gold_mean", "{:.2f}"), ("win/SFT", "win_vs_sft", "{:.2f}"
 def methods_table(data, group):
     """Every writer of one setting: best-of-16 and, of the reward models, best-of-64 too."""
     names = list(dict.fromkeys(name_of(r) for r in data["rows"] if r["group"] == group
-                               and r["beta"] in (None, 0.3, 1)))    # the others: in the figure
+                               and r["beta"] in (None, 0.1, 0.3, 1)))   # all: in the figure
     rows = []
     for name in names:
         bon = any(r["method"] == "bon" for r in data["rows"]
