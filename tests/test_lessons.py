@@ -314,6 +314,12 @@ def test_lessons_quote_no_measured_number(page):
 DATA = json.loads(results.COLLECTED.read_text(encoding="utf-8"))
 
 
+def test_lesson_6_on_the_last_two():
+    told = [results.differences(DATA, groups, "init-demo", "sft-demo").split(" ± ")
+            for groups in (["helpful-h1"], ["helpful-h1", "more-h1"])]
+    assert [float(mean) > float(half) for mean, half in told] == [False, True]
+
+
 def gain(group, a, b, column="gold_mean", n=16, m=16):
     """(mean, half-width) over seeds of a's column less b's."""
     x, y = (results.values(DATA, group, name, column, k) for name, k in ((a, n), (b, m)))
