@@ -16,6 +16,7 @@ results: $(VENV)/.demo-ready  ## every run of the README over five seeds; goes o
 $(VENV)/.demo-ready: requirements.txt
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'error: Python 3.11 or newer is needed')"
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@echo "installing torch and five more packages, once: some minutes"
 	$(PY) -m pip install --quiet -r requirements.txt
 	touch $@
 

@@ -402,7 +402,7 @@ def run_seeds(s, world, make_world, out, head, device):
     rows, records, curves, seconds, first, n = [], [], {}, {}, [], min(16, s.n_candidates)
     for seed in range(s.seed, s.seed + s.seeds):
         world = world if seed == s.seed else make_world(s, seed)
-        print(f"seed {seed} on {device}" + "".join(f"; {note}" for note in world.notes), flush=True)
+        print("\n".join([f"seed {seed} on {device}", *world.notes]), flush=True)
         run = Run(out, seed, device)
         *parts, samples, seconds[str(seed)] = run.whole(lambda: run_seed(s, run, world))
         rows, records, curves[str(seed)] = rows + parts[0], records + parts[1], parts[2]
@@ -410,7 +410,7 @@ def run_seeds(s, world, make_world, out, head, device):
         results = {**head, "seconds": seconds, "rows": rows, "reward_models": records,
                    "curves": curves, "summary": summarise(rows, n) if world.golden else None}
         write_json(out / "results.json", results)
-    print_table(rows, n)
+    print_table(rows, n, results["summary"])
     print_reward_models(records)
     print_samples(first)
     try:

@@ -298,7 +298,8 @@ class Settings(Schedule):
     python train.py reward --positives SFT.jsonl --negatives INIT.jsonl --init pi_0 --out reward
     torchrun --nproc_per_node=2 train.py sft ...        the same on two GPUs
     """
-    corpus: str = setting(None, "pretrain: plain text, or JSON lines with 'text'")
+    corpus: str = setting(None, "pretrain: plain text, an empty line between documents, or "
+                               "JSON lines with 'text'")
     demos: str = setting(None, "sft: JSON lines with prompt and response, or chosen and rejected")
     positives: str = setting(None, "reward: examples with label 1, as for --demos")
     negatives: str = setting(None, "reward: examples with label 0, as for --demos")

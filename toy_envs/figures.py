@@ -4,13 +4,14 @@ The palette is Okabe and Ito's, which the colour-blind can tell apart and which 
 grey. matplotlib is an extra: it is imported when the first figure is drawn, not before.
 """
 
+import textwrap
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
 from model import write_json
-from reward import CONTROLS, mean_ci
+from reward import CONTROLS, REWARD_MODELS, mean_ci
 from toy_envs.truth import WRITERS, name_of
 
 COLORS = {
@@ -94,15 +95,16 @@ def by_writer(rows, n):
     return found
 
 
-def print_table(rows, n):
-    """The final table, means over seeds: golden reward beside every proxy."""
+def print_table(rows, n, summary=None):
+    """The final table, means over seeds: golden reward beside every proxy; then, of what
+    truth.summarise found, whether it worked."""
     over = "seeds" if len({r["seed"] for r in rows}) > 1 else "prompts"
-    print(f"\ngolden reward in points +- 95% over {over}; best-of-N at N = {n}; in nats:"
-          " KL(pi|SFT),\nrev KL(pi|demonstrator), fwd KL(demonstrator|pi), H entropy")
+    print(f"\ngolden reward in points +- 95% over {over}; bon: best-of-N at N = {n}; in nats:\n"
+          "KL(pi|SFT), rev KL(pi|demonstrator), fwd KL(demonstrator|pi), H entropy")
     columns = (("proxy_mean", "proxy", "6.1f"), ("win_vs_sft", "w/SFT", "6.2f"),
                ("win_vs_demo", "w/demo", "7.2f"), ("kl_from_sft", "KL", "6.1f"),
-               ("reverse_kl", "rev", "5.0f"), ("forward_kl", "fwd", "5.1f"),
-               ("entropy", "H", "5.1f"), ("length_mean", "len", "5.0f"))
+               ("reverse_kl", "rev", "5.0f"), ("forward_kl", "fwd", "6.1f"),
+               ("entropy", "H", "6.1f"), ("length_mean", "len", "4.0f"))
     print(f"{'':24}{'golden':>11}" + "".join(f"{title:>{form[0]}}" for _, title, form in columns))
     for (method, name), mine in by_writer(rows, n).items():
         label = WRITERS.get(method, f"  {'bon ' if method == 'bon' else ''}{name}")
@@ -112,6 +114,14 @@ def print_table(rows, n):
         cells = [(over_seeds(mine, key), form) for key, _, form in columns]
         print(f"{label:24}{gold:>5}+-{half:>4}" + "".join(
             f"{number(value, '{:.' + form[2:] + '}'):>{form[0]}}" for value, form in cells))
+    methods = summary["methods"] if summary else {}
+    first = next((name for name in REWARD_MODELS if name in methods), None)
+    if first and "demo" in methods:
+        gold = {name: method["gold"][0] for name, method in methods.items()}
+        share = methods[first]["share_of_golden_gain"][0]
+        print(f"\nbest of {n} by {first}: {gold[first] - gold['sft']:+.2f} points over pi_SFT, "
+              f"{gold[first] - gold['demo']:+.2f} over the demonstrations,\n{share:.0%} of what a "
+              "selector that knows golden gains over pi_SFT")
 
 
 def print_reward_models(records):
@@ -134,13 +144,16 @@ def print_reward_models(records):
 
 
 def print_samples(samples, count=3):
-    print("\nsamples side by side (golden / proxy)")
+    print("\nsamples side by side: golden / the first reward model's score")
     for sample in samples[:count]:
         prompt = sample["prompt"].strip()
-        print("\n  " + repr(prompt if len(prompt) < 200 else "..." + prompt[-200:]))
+        print("\n" + textwrap.fill(repr(prompt if len(prompt) < 200 else "..." + prompt[-200:]), 78,
+                                   initial_indent="  ", subsequent_indent="    "))
         for name, said in sample["writers"].items():
-            numbers = f"{number(said['golden'], '{:+.1f}')} / {number(said['proxy'], '{:+.1f}')}"
-            print(f"    {name:14}{numbers:>14}  {' '.join(said['text'].split())}")
+            golden, proxy = (number(said[key], "{:+.1f}") for key in ("golden", "proxy"))
+            head = f"    {name:14}{golden:>5} / {proxy:>5}  "
+            print(textwrap.fill(" ".join(said["text"].split()), 78, initial_indent=head,
+                                subsequent_indent=" " * len(head)) or head.rstrip())
     print()
 
 

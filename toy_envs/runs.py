@@ -171,6 +171,8 @@ def claimed(out, name, head, overwrite=False, resume=False):
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)    # let go of when lock is closed
         except BlockingIOError:
             raise InputError(f"{out}: another run is writing to it now") from None
+        if resume and not file.exists():
+            print(f"nothing to resume in {out}: a new run")
         if resume and file.exists():
             head = same_run(file, head)
         elif not overwrite and (file.exists() or (out / "config.json").exists()):

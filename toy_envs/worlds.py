@@ -114,6 +114,7 @@ def file_world(s, seed):
     if golden:
         for e in demos:     # a judge that fails is refused here, before a file is written
             golden(e.prompt, e.response)
+    n_long = sum(len(tokenizer.encode(e.response)) >= s.max_response for e in demos)
     answers = {e.prompt: e.response for e in reversed(test)}      # the first one of each prompt
     test_prompts = list(answers)[:s.n_prompts]
     pairs = [[(e.prompt, e.response, e.rejected) for e in part if e.rejected]
@@ -123,12 +124,18 @@ def file_world(s, seed):
         demos=[(e.prompt, e.response) for e in demos], train_prompts=prompts,
         test_prompts=test_prompts, test_demos=[[answers[x]] for x in test_prompts], golden=golden,
         preferences=pairs[0], human_pairs=pairs[1],
-        notes=[f"{left_out} records without a common prompt or with an empty turn left out",
-               f"{n_cut} prompts longer than {s.max_prompt} tokens keep only their end",
-               *([f"{len(learn) - len(demos)} demonstrations left out: cut, a held-out prompt"]
-                 if len(demos) < len(learn) else []),
-               *([] if s.corpus or s.init
-                 else ["no --corpus: pi_0 is pretrained on the demonstrations"])])
+        notes=[note for count, note in (
+            (left_out, f"{left_out} records with an empty turn, or whose two answers are to "
+                       "different prompts, left out"),
+            (n_cut, f"{n_cut} prompts longer than {s.max_prompt} tokens keep only their end"),
+            (n_long, f"{n_long} of {len(demos)} demonstrations cut to {s.max_response} tokens: "
+                     "they have no end"),
+            (len(learn) - len(demos), f"{len(learn) - len(demos)} demonstrations left out: cut, a "
+                                      "held-out prompt"),
+            (not (s.corpus or s.init), "no --corpus: pi_0 is pretrained on the demonstrations"),
+            (s.corpus and len(corpus) == 1, f"{s.corpus} is one document (an empty line would part "
+                                            "two): pi_0 will learn little"),
+        ) if count])
 
 
 def load_golden(spec):
