@@ -71,8 +71,8 @@ class Settings:
     device: str = setting("auto", "auto, cpu, cuda or mps")
     micro_tokens: int = setting(0, "tokens that go through the model at a time in training, with "
                                    "padding; a step's gradients add up to the same (0: all)")
-    bf16: bool = setting(False, "train in bfloat16 autocast; CUDA only")
-    compile: bool = setting(False, "compile the transformer while it is trained; CUDA only")
+    bf16: bool = setting(False, "train in bfloat16 autocast, policy gradients apart; CUDA only")
+    compile: bool = setting(False, "compile the transformer while it is trained, likewise; CUDA only")
     init: str = setting(None, "pi_0, with --demos its tokenizer too: a checkpoint folder or a name "
                               "on the Hugging Face hub, such as gpt2, instead of pretraining")
     demos: str = setting(None, "JSON lines (or .gz) with prompt and response, or chosen and "
@@ -317,7 +317,7 @@ def run_methods(world, s, run, init, sft, rewards, labelled, truth):
             if method == "adversarial":
                 adversary = Adversary(RewardModel(init, s.head), demos, divergence,
                                       run.rng(f"judge {name}"), s.label_smoothing, s.reward_clip,
-                                      s.keep_old)
+                                      s.keep_old, plan["reward"].lr)
             elif world.demo_logp:
                 adversary = ExactAdversary(world.density, divergence, s.reward_clip)
             else:

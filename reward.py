@@ -155,10 +155,11 @@ class Adversary:
                      forget what was already unlearned; h* is then against that mixture
     """
 
-    def __init__(self, judge, demos, divergence, rng, smoothing=0.0, clip=10.0, keep_old=True):
+    def __init__(self, judge, demos, divergence, rng, smoothing=0.0, clip=10.0, keep_old=True,
+                 lr=3e-3):
         self.judge, self.demos, self.divergence, self.rng = judge, demos, divergence, rng
         self.smoothing, self.clip, self.keep_old, self.old = smoothing, clip, keep_old, []
-        self.optimizer = torch.optim.AdamW(judge.parameters(), lr=3e-3, betas=(0.9, 0.99),
+        self.optimizer = torch.optim.AdamW(judge.parameters(), lr=lr, betas=(0.9, 0.99),
                                            weight_decay=0.0)
 
     def learn(self, own, policy):
@@ -185,7 +186,8 @@ class Adversary:
 
 class ExactAdversary(Adversary):
     """The same with a perfect judge, h = log d_beta(y|x) - log pi(y|x): what is left of adversarial
-    imitation when the discriminator's errors are taken away. density(batch) -> log d_beta, (B,).
+    imitation when the discriminator's errors are taken away (r(h) is clipped as there, and is seen
+    on the policy's own samples alone). density(batch) -> log d_beta, (B,).
     """
 
     def __init__(self, density, divergence, clip=10.0):

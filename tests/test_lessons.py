@@ -315,9 +315,11 @@ DATA = json.loads(results.COLLECTED.read_text(encoding="utf-8"))
 
 
 def test_lesson_6_on_the_last_two():
-    told = [results.differences(DATA, groups, "init-demo", "sft-demo").split(" ± ")
-            for groups in (["helpful-h1"], ["helpful-h1", "more-h1"])]
-    assert [float(mean) > float(half) for mean, half in told] == [False, True]
+    """Not told apart by the first five seeds, nor by those that were added once they were seen."""
+    for group in ("helpful-h1", "more-h1"):
+        mean, half = gain(group, "init-demo", "sft-demo")
+        assert mean - half < 0 < mean + half
+        assert max(results.shares(DATA, group)[name][0] for name in ("init-demo", "sft-demo")) < 0
 
 
 def gain(group, a, b, column="gold_mean", n=16, m=16):

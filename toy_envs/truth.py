@@ -83,7 +83,7 @@ class Truth:
         ids = [self.world.tokenizer.encode(x) for x in self.world.test_prompts]
         return read(self.world, self.run.stage(
             label if says else f"{label} samples", says,
-            lambda: self.world.sample(policy, ids, n, self.run.generator(label), label)))
+            lambda: self.world.sample(policy, ids, n, self.run.generator(f"{label} samples"), label)))
 
     def logp(self, policy, pairs):
         """log pi(y|x) of each pair."""

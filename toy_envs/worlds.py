@@ -96,9 +96,9 @@ def file_world(s, seed):
     held = [e for x in asked[:n_held] for e in by_prompt[x]]
     learn = [e for x in asked[n_held:] for e in by_prompt[x]][:s.n_demos]
     more_prompts = [x for x in more_prompts if x not in asked[:n_held]]
-    if corpus is None:      # without the rejected answers: they would tell pi_0 what people dislike
-        corpus = [e.prompt + e.response for e in learn]
-    tokenizer = load_tokenizer(s.init) if s.init else bpe_tokenizer(corpus, s.vocab_size)
+    # without the rejected answers: they would tell pi_0 what people dislike
+    texts = corpus or [e.prompt + e.response for e in learn]
+    tokenizer = load_tokenizer(s.init) if s.init else bpe_tokenizer(texts, s.vocab_size)
 
     def cut(prompt):
         return tokenizer.tail(prompt, s.max_prompt)
@@ -106,7 +106,9 @@ def file_world(s, seed):
     n_cut = sum(cut(x) != x for x in [e.prompt for e in learn + held] + more_prompts)
     test = [replace(e, prompt=cut(e.prompt)) for e in held]
     unseen = {e.prompt for e in test}       # prompts that differed may be the same once cut
-    demos = [e for e in (replace(e, prompt=cut(e.prompt)) for e in learn) if e.prompt not in unseen]
+    whole = [e for e in learn if cut(e.prompt) not in unseen]
+    corpus = corpus or [e.prompt + e.response for e in whole]
+    demos = [replace(e, prompt=cut(e.prompt)) for e in whole]
     prompts = [e.prompt for e in demos] + [x for x in map(cut, more_prompts) if x not in unseen]
     if not demos:
         raise InputError(f"{s.demos}: cut to {s.max_prompt} tokens, every prompt to train on is "
