@@ -101,8 +101,8 @@ def print_table(rows, n, gold=None):
     over = "seeds" if len({r["seed"] for r in rows}) > 1 else "prompts"
     if gold:
         print("\n" + fill(judge_note(gold), 100, break_long_words=False))
-    print(f"\ngolden reward in {'log-odds' if gold else 'points'} +- 95% over {over}; best-of-N at"
-          f" N = {n}; in nats:"
+    unit = "log-odds" if gold else "points"
+    print(f"\ngolden reward in {unit} +- 95% over {over}; best-of-N at N = {n}; in nats:"
           " KL(pi|SFT),\nrev KL(pi|demonstrator), fwd KL(demonstrator|pi), H entropy")
     columns = (("proxy_mean", "proxy", "6.1f"), ("win_vs_sft", "w/SFT", "6.2f"),
                ("win_vs_demo", "w/demo", "7.2f"), ("kl_from_sft", "KL", "6.1f"),
