@@ -33,7 +33,7 @@ from toy_envs.figures import draw_run, print_reward_models, print_samples, print
 from toy_envs.report import FIGURES, write_report
 from toy_envs.runs import (Run, choose_device, claimed, parse_settings, provenance, run_script,
                            setting, side_by_side)
-from toy_envs.truth import Truth, inspect_rewards, pick_samples, summarise
+from toy_envs.truth import Truth, inspect_rewards, pick_samples, summarise, train_judge
 from toy_envs.worlds import file_world, text_world
 from train import Schedule
 
@@ -72,7 +72,7 @@ class Settings:
     micro_tokens: int = setting(0, "tokens that go through the model at a time in training, with "
                                    "padding; a step's gradients add up to the same (0: all)")
     bf16: bool = setting(False, "train in bfloat16 autocast, policy gradients apart; CUDA only")
-    compile: bool = setting(False, "compile the transformer while it is trained, likewise; CUDA only")
+    compile: bool = setting(False, "compile the transformer in training, likewise; CUDA only")
     init: str = setting(None, "pi_0, with --demos its tokenizer too: a checkpoint folder or a name "
                               "on the Hugging Face hub, such as gpt2, instead of pretraining")
     demos: str = setting(None, "JSON lines (or .gz) with prompt and response, or chosen and "
@@ -80,7 +80,8 @@ class Settings:
     corpus: str = setting(None, "with --demos: text that pi_0 is pretrained on, plain or JSON "
                                 "lines with 'text' (without it: all text of the training part)")
     prompts: str = setting(None, "with --demos: further prompts to sample from, one a line or JSON")
-    gold: str = setting(None, "with --demos: FILE.py:FUNCTION, (prompt, response) -> float")
+    gold: str = setting(None, "with --demos: FILE.py:FUNCTION, (prompt, response) -> float; or "
+                              "pairs: a judge trained on half of the pairs, which no learner sees")
     n_corpus: int = setting(60000, "built-in tasks: documents of the base language for pi_0")
     n_demos: int = setting(4000, "demonstrations, at most")
     n_samples: int = setting(0, "samples of each policy for the reward models (0: 9000, or 1000 "
@@ -117,7 +118,7 @@ DEFAULTS = {"n_samples": (9000, 1000), "n_candidates": (64, 16), "pretrain_epoch
 LISTS = {"rewards": REWARD_MODELS, "methods": METHODS, "optimise": None,    # any of the rewards
          "divergences": tuple(DIVERGENCES)}
 RANGES = {"heterogeneity label_noise": (0, 1), "ppo_clip": (0, 0.9), "label_smoothing": (0, 0.4),
-          "pretrain_epochs sft_epochs reward_epochs reward_clip pair_beta": (1e-9, 1e9),
+          "pretrain_epochs sft_epochs reward_epochs reward_clip pair_beta betas": (1e-9, 1e9),
           "seeds n_demos n_corpus n_samples n_prompts n_preferences n_candidates n_layer "
           "max_prompt max_response policy_steps rounds": (1, math.inf), "group": (2, math.inf),
           "micro_tokens": (0, math.inf)}
@@ -358,12 +359,10 @@ def check(s):
         s.betas = [float(beta) for beta in s.betas.split(",")]
     except ValueError:
         raise InputError(f"--betas must be numbers with commas, not {s.betas}") from None
-    if not s.betas or not all(0 < beta < math.inf for beta in s.betas):
-        raise InputError("--betas must be positive")
     s.optimise = s.optimise or s.rewards[:1]
     for names, (least, top) in RANGES.items():
         for name in names.split():
-            if not least <= getattr(s, name) <= top:
+            if not all(least <= value <= top for value in np.atleast_1d(getattr(s, name))):
                 raise InputError(f"--{name.replace('_', '-')} must lie in [{least:g}, {top:g}], "
                                  f"not {getattr(s, name)}")
     if s.n_candidates & (s.n_candidates - 1):
@@ -376,6 +375,8 @@ def check(s):
 def run_seed(s, run, world):
     """The whole story for one seed. Returns what results.json and the figures are made of."""
     init = pretrain(world, s, run)
+    if world.judge_pairs:
+        train_judge(world, run, init, schedules(s)["reward"])
     sft = fine_tune(world, s, run, init)
     prompts, (y_init, y_sft) = draw_samples(world, s, run, init, sft)
     labelled = preference_items(world, s, run, prompts, y_sft)
@@ -394,31 +395,32 @@ def run_seed(s, run, world):
             save_reward(out / name, reward, world.tokenizer)
     samples = pick_samples(truth, scores, min(16, s.n_candidates), optimised)
     write_json(out / "samples.json", samples)
-    return truth.rows, records, run.curves, samples, run.seconds
+    return truth.rows, records, run.curves, samples, run.seconds, world.gold
 
 
 def run_seeds(s, world, make_world, out, head, device):
     """Every seed's story, results.json rewritten after each; prints the tables of all of them."""
-    rows, records, curves, seconds, first, n = [], [], {}, {}, [], min(16, s.n_candidates)
+    seeds, n = {}, min(16, s.n_candidates)
     for seed in range(s.seed, s.seed + s.seeds):
         world = world if seed == s.seed else make_world(s, seed)
         print("\n".join([f"seed {seed} on {device}", *world.notes]), flush=True)
         run = Run(out, seed, device)
-        *parts, samples, seconds[str(seed)] = run.whole(lambda: run_seed(s, run, world))
-        rows, records, curves[str(seed)] = rows + parts[0], records + parts[1], parts[2]
-        first = first or samples
-        results = {**head, "seconds": seconds, "rows": rows, "reward_models": records,
-                   "curves": curves, "summary": summarise(rows, n) if world.golden else None}
+        seeds[str(seed)] = run.whole(lambda: run_seed(s, run, world))
+        rows, records, curves, samples, seconds, gold = zip(*seeds.values())
+        rows, records = sum(rows, []), sum(records, [])
+        results = {**head, "gold": "; ".join(filter(None, gold)), "rows": rows,
+                   "reward_models": records, "seconds": dict(zip(seeds, seconds)),
+                   "curves": dict(zip(seeds, curves)), "summary": summarise(rows, n)}
         write_json(out / "results.json", results)
-    print_table(rows, n, results["summary"])
+    print_table(rows, n, results["summary"], results["gold"])
     print_reward_models(records)
-    print_samples(first)
+    print_samples(samples[0])
     try:
-        for path in draw_run(rows, records, out):
+        for path in draw_run(rows, records, out, results["gold"]):
             print(f"figure  {path}")
     except ImportError as error:        # the numbers are safe; only the pictures need the extra
         print(error)
-    print(f"report  {write_report(out, results, first, world)}")
+    print(f"report  {write_report(out, results, samples[0], world)}")
     return results
 
 
@@ -432,8 +434,9 @@ def main(argv=None):
     if s.init:
         s.n_embd = load_init(s.init, world).config.n_embd       # schedules() goes by it
     command = " ".join(["python afd.py", *(sys.argv[1:] if argv is None else argv)])
-    head = provenance(command, s, device, (world.corpus, world.demos, world.train_prompts,
-                                           world.test_prompts, world.test_demos))
+    head = provenance(command, s, device, (world.corpus, world.demos + world.judge_pairs,
+                                           world.train_prompts, world.test_prompts,
+                                           world.test_demos))
     with claimed(out, "config.json", head, s.overwrite, s.resume) as head:
         if not any(out.glob("seed*/stages")):       # nothing to go on with
             for stale in ("results.json", "metrics.jsonl", "report.html", *FIGURES):

@@ -12,7 +12,7 @@ import numpy as np
 
 from model import write_json
 from reward import CONTROLS, REWARD_MODELS, mean_ci
-from toy_envs.truth import WRITERS, name_of
+from toy_envs.truth import WRITERS, judge_note, name_of
 
 COLORS = {
     # reward models
@@ -26,6 +26,7 @@ COLORS = {
     "total_variation": "#CC79A7", "pearson_chi2": "#56B4E9", "neyman_chi2": "#E69F00",
     "squared_hellinger": "#000000",
 }
+TRUTH = "golden reward (the truth), points"
 
 
 def pyplot():
@@ -95,11 +96,14 @@ def by_writer(rows, n):
     return found
 
 
-def print_table(rows, n, summary=None):
+def print_table(rows, n, summary=None, gold=None):
     """The final table, means over seeds: golden reward beside every proxy; then, of what
-    truth.summarise found, whether it worked."""
+    truth.summarise found, whether it worked. gold: of what judge."""
     over = "seeds" if len({r["seed"] for r in rows}) > 1 else "prompts"
-    print(f"\ngolden reward in points +- 95% over {over}; bon: best-of-N at N = {n}; in nats:\n"
+    if gold:
+        print("\n" + textwrap.fill(judge_note(gold), 78, break_long_words=False))
+    unit = "log-odds" if gold else "points"
+    print(f"\ngolden reward in {unit} +- 95% over {over}; bon: best-of-N at N = {n}; in nats:\n"
           "KL(pi|SFT), rev KL(pi|demonstrator), fwd KL(demonstrator|pi), H entropy")
     columns = (("proxy_mean", "proxy", "6.1f"), ("win_vs_sft", "w/SFT", "6.2f"),
                ("win_vs_demo", "w/demo", "7.2f"), ("kl_from_sft", "KL", "6.1f"),
@@ -119,7 +123,7 @@ def print_table(rows, n, summary=None):
     if first and "demo" in methods:
         gold = {name: method["gold"][0] for name, method in methods.items()}
         share = methods[first]["share_of_golden_gain"][0]
-        print(f"\nbest of {n} by {first}: {gold[first] - gold['sft']:+.2f} points over pi_SFT, "
+        print(f"\nbest of {n} by {first}: {gold[first] - gold['sft']:+.2f} {unit} over pi_SFT, "
               f"{gold[first] - gold['demo']:+.2f} over the demonstrations,\n{share:.0%} of what a "
               "selector that knows golden gains over pi_SFT")
 
@@ -165,16 +169,17 @@ def by_seed(rows, model, key):
     return np.array([[table[k, n] for n in ns] for k in seeds], float), ns
 
 
-def draw_run(rows, records, out):
-    """best_of_n.png and reward_models.png of one run; returns their paths."""
+def draw_run(rows, records, out, gold=None):
+    """best_of_n.png and reward_models.png of one run; returns their paths. gold: of what judge."""
     plt = pyplot()
-    paths = [draw_best_of_n(plt, rows, Path(out) / "best_of_n.png")]
+    title = "golden reward (a trained judge's), log-odds" if gold else TRUTH
+    paths = [draw_best_of_n(plt, rows, Path(out) / "best_of_n.png", title)]
     if records and records[0]["corr_golden"] is not None:
         paths.append(draw_reward_models(plt, records, out))
     return paths
 
 
-def draw_best_of_n(plt, rows, path):
+def draw_best_of_n(plt, rows, path, golden=TRUTH):
     """Golden reward against N beside the proxy's own view of it, one line a selector."""
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.8))
     demo = over_seeds([r for r in rows if r["method"] == "demo"], "gold_mean")
@@ -195,8 +200,7 @@ def draw_best_of_n(plt, rows, path):
                                   color=style["color"], alpha=0.15, linewidth=0)
     if demo is not None:
         axes[0].axhline(demo, color="#555555", linewidth=1, linestyle=":", label="demonstrations")
-    for axis, title in zip(axes, ("golden reward (the truth), points",
-                                  "rise of the proxy reward, nats")):
+    for axis, title in zip(axes, (golden, "rise of the proxy reward, nats")):
         axis.set(xscale="log", xlabel="N of best-of-N", title=title, xticks=ns,
                  xticklabels=[str(n) for n in ns])
         axis.minorticks_off()
@@ -260,7 +264,7 @@ def draw_frontier(plt, rows, curves, path):
         axis.set(xscale="log", xlabel="KL from pi_SFT, nats", xlim=(0.1, None))
     demo = over_seeds([r for r in rows if r["method"] == "demo"], "gold_mean")
     axes[0].axhline(demo, color="#555555", linewidth=1, linestyle=":", label="demonstrations")
-    axes[0].set(title="golden reward (the truth), points", ylim=(-1.5, None))
+    axes[0].set(title=TRUTH, ylim=(-1.5, None))
     axes[1].set(title="proxy reward, nats", yscale="symlog")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=7)
     return save_figure(figure, path)

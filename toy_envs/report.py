@@ -13,7 +13,7 @@ from pathlib import Path
 
 from model import write_aside
 from toy_envs.figures import COLORS, by_writer, interval, number, over_seeds
-from toy_envs.truth import WRITERS, name_of
+from toy_envs.truth import WRITERS, judge_note, name_of
 
 FIGURES = {     # that a run may have drawn: what is to be seen in them
     "best_of_n.png": "Golden and proxy reward against N. Where they part: over-optimisation.",
@@ -39,6 +39,7 @@ def write_report(out, results, samples, world):
     parts = {
         "TITLE": escape(f"{task}; seed {' to '.join(dict.fromkeys((seeds[0], seeds[-1])))}"),
         "OVER": "seeds" if len(seeds) > 1 else "prompts", "N": str(n), "SEED": seeds[0],
+        "GOLD": escape(judge_note(results["gold"])) if results.get("gold") else "",
         "TABLE": result_table(results["rows"], n),
         "LEARNED": learned_table(results["reward_models"]),
         "FIGURES": "".join(figure(path.with_name(name), caption)

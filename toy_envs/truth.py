@@ -22,9 +22,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+import train
 from model import logp_seq
-from reward import (LogRatio, best_of_n_kl, best_of_n_weights, calibration, mean_ci,
+from reward import (LogRatio, RewardModel, best_of_n_kl, best_of_n_weights, calibration, mean_ci,
                     rank_correlation, score, win_rate)
+from toy_envs.checkpoints import save_reward
 
 SAMPLES = 8         # responses of each policy to each held-out prompt
 BROWSED = 40        # held-out prompts whose candidates are all kept, to be looked at
@@ -81,9 +83,10 @@ class Truth:
     def write(self, policy, n, label, says=None):
         """Responses of a policy: n samples to each held-out prompt."""
         ids = [self.world.tokenizer.encode(x) for x in self.world.test_prompts]
+        own = f"{label} samples"        # a stage and randomness of their own
         return read(self.world, self.run.stage(
-            label if says else f"{label} samples", says,
-            lambda: self.world.sample(policy, ids, n, self.run.generator(f"{label} samples"), label)))
+            label if says else own, says,
+            lambda: self.world.sample(policy, ids, n, self.run.generator(own), label)))
 
     def logp(self, policy, pairs):
         """log pi(y|x) of each pair."""
@@ -164,6 +167,49 @@ def distinct(texts):
     return float(np.mean([len(set(row[:SAMPLES])) / len(row[:SAMPLES]) for row in texts]))
 
 
+# ---- a judge in golden's place -------------------------------------------------------------------
+
+def train_judge(world, run, init, schedule):
+    """Set world.golden to a Bradley-Terry model trained on world.judge_pairs, which no learner saw,
+    and world.gold to what it is, with its agreement with people on the held-out prompts' pairs.
+
+    r(x, y) is the log-odds of being preferred, up to a constant of each prompt. The checkpoint goes
+    to the seed's folder, as `judge`.
+    """
+    rng = run.rng("judge")
+    items, held = train.split([(world.pair(x, chosen), world.pair(x, rejected))
+                               for x, chosen, rejected in world.judge_pairs], 0.05, rng)
+    judge, history = run.trained(
+        "judge", f"1 judge: trained on {len(items):,} pairs that no learner sees",
+        RewardModel(init), lambda: train.train_reward(
+            init, items, held, train.preference_step, schedule, rng, label="judge",
+            snapshot=run.snapshot("judge")))
+    run.log("judge", history)
+    save_reward(run.out / f"seed{run.seed}" / "judge", judge, world.tokenizer)
+    agreement, ci = human_agreement(judge, world, run.device)
+    world.gold = (f"judge trained on a disjoint half of the pairs ({len(world.judge_pairs):,} "
+                  f"pairs, held-out agreement {agreement:.3f} +- {ci:.3f})")
+
+    def golden(prompt, response):       # alone: in a batch the last digits would be its company's
+        return float(score(judge, [world.pair(prompt, response)], run.device)[0])
+    world.golden = golden
+
+
+def judge_note(gold):
+    """What a reader has to know of golden numbers where golden is a judge, gold its description."""
+    return (f"Golden is no truth here but a {gold}, in log-odds of being preferred instead of "
+            "points. It starts from pi_0, as the rewards do that it judges: what pi_0 cannot tell "
+            "apart, all of them may miss.")
+
+
+def human_agreement(reward, world, device):
+    """(share of the held-out pairs of which the reward prefers the chosen answer, ties half, its
+    95% half-width)."""
+    chosen, rejected = (score(reward, [world.pair(p[0], p[k]) for p in world.human_pairs], device)
+                        for k in (1, 2))
+    return mean_ci((chosen > rejected) + (chosen == rejected) / 2)
+
+
 # ---- what the reward models learned --------------------------------------------------------------
 
 def inspect_rewards(world, seed, rewards, scores, candidates, device):
@@ -189,10 +235,7 @@ def inspect_rewards(world, seed, rewards, scores, candidates, device):
             spread = float(mine.std())
             record["marks_worth"] = float((marked - plain).mean()) / spread if spread else None
         if world.human_pairs:
-            chosen, rejected = (score(reward, [world.pair(p[0], p[k]) for p in world.human_pairs],
-                                      device) for k in (1, 2))
-            record["human_agreement"], record["human_ci95"] = mean_ci(
-                (chosen > rejected) + (chosen == rejected) / 2)
+            record["human_agreement"], record["human_ci95"] = human_agreement(reward, world, device)
         records.append(record)
     return records
 
@@ -233,10 +276,13 @@ def name_of(row):
 
 def summarise(rows, n):
     """Means over seeds with Student's t intervals, best-of-n throughout: the golden reward of each
-    method, its share of the golden selector's gain over SFT, and paired differences.
+    method, its share of the golden selector's gain over SFT, and paired differences. None where
+    nobody knows the golden reward.
     """
     gold = {(r["seed"], name_of(r)): r["gold_mean"] for r in rows
             if r["n"] == (n if r["method"] == "bon" else 1)}
+    if None in gold.values():
+        return None
     seeds, names = sorted({seed for seed, _ in gold}), list(dict.fromkeys(name for _, name in gold))
 
     def share(seed, name):

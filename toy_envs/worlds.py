@@ -17,6 +17,8 @@ from toy_envs.checkpoints import load_tokenizer
 from toy_envs.files import read_examples, read_prompts, read_texts
 from toy_envs.text_tasks import MAX_WORDS, TextTask
 
+MIN_JUDGE_PAIRS = 100   # of fewer no judge is worth the name
+
 
 @dataclass
 class World:
@@ -36,6 +38,8 @@ class World:
     values: object = None       # prompt -> {kind of clause: points}; both None where nobody knows
     preferences: list = field(default_factory=list)     # (prompt, chosen, rejected), for training
     human_pairs: list = field(default_factory=list)     # the same, held out
+    judge_pairs: list = field(default_factory=list)     # the same, for a judge: no learner's
+    gold: str = ""              # what golden is, where it is such a judge
     notes: list = field(default_factory=list)           # what was left out and why
 
     def pair(self, prompt, response):
@@ -78,13 +82,16 @@ def text_world(s, seed):
 
 
 def file_world(s, seed):
-    """One's own data: demonstrations from a file, split by seed into training and held out."""
+    """One's own data: demonstrations from a file, split by seed into training and held out.
+
+    --gold pairs: half of the training prompts that have pairs are a judge's, and no learner's.
+    """
     if s.init and s.corpus:
         raise InputError("--init is pi_0: there is nothing to pretrain on --corpus")
     examples, left_out = read_examples(s.demos)
     corpus = read_texts(s.corpus) if s.corpus else None
     more_prompts = read_prompts(s.prompts) if s.prompts else []
-    golden = load_golden(s.gold) if s.gold else None
+    golden = load_golden(s.gold) if s.gold not in (None, "pairs") else None
     rng = random.Random(seed)
     by_prompt = {}
     for e in examples:
@@ -94,8 +101,12 @@ def file_world(s, seed):
     asked = rng.sample(list(by_prompt), len(by_prompt))
     n_held = max(1, len(asked) // 5)        # a prompt is held out with all its answers
     held = [e for x in asked[:n_held] for e in by_prompt[x]]
-    learn = [e for x in asked[n_held:] for e in by_prompt[x]][:s.n_demos]
-    more_prompts = [x for x in more_prompts if x not in asked[:n_held]]
+    paired = [x for x in asked[n_held:] if any(e.rejected for e in by_prompt[x])]
+    judged = paired[:len(paired) // 2] if s.gold == "pairs" else []
+    judge = [e for x in judged for e in by_prompt[x] if e.rejected]
+    taken = {*asked[:n_held], *judged}
+    learn = [e for x in asked if x not in taken for e in by_prompt[x]][:s.n_demos]
+    more_prompts = [x for x in more_prompts if x not in taken]
     # without the rejected answers: they would tell pi_0 what people dislike
     texts = corpus or [e.prompt + e.response for e in learn]
     tokenizer = load_tokenizer(s.init) if s.init else bpe_tokenizer(texts, s.vocab_size)
@@ -103,9 +114,14 @@ def file_world(s, seed):
     def cut(prompt):
         return tokenizer.tail(prompt, s.max_prompt)
 
-    n_cut = sum(cut(x) != x for x in [e.prompt for e in learn + held] + more_prompts)
-    test = [replace(e, prompt=cut(e.prompt)) for e in held]
+    n_cut = sum(cut(x) != x for x in [e.prompt for e in learn + held + judge] + more_prompts)
+    test, judge = ([replace(e, prompt=cut(e.prompt)) for e in part] for part in (held, judge))
     unseen = {e.prompt for e in test}       # prompts that differed may be the same once cut
+    judge = [e for e in judge if e.prompt not in unseen]
+    unseen |= {e.prompt for e in judge}
+    if s.gold == "pairs" and len(judge) < MIN_JUDGE_PAIRS:
+        raise InputError(f"--gold pairs: {s.demos} leaves {len(judge)} pairs of chosen and rejected"
+                         f" answers for the judge; it takes {MIN_JUDGE_PAIRS}")
     whole = [e for e in learn if cut(e.prompt) not in unseen]
     corpus = corpus or [e.prompt + e.response for e in whole]
     demos = [replace(e, prompt=cut(e.prompt)) for e in whole]
@@ -120,12 +136,15 @@ def file_world(s, seed):
     answers = {e.prompt: e.response for e in reversed(test)}      # the first one of each prompt
     test_prompts = list(answers)[:s.n_prompts]
     pairs = [[(e.prompt, e.response, e.rejected) for e in part if e.rejected]
-             for part in (demos, test)]
+             for part in (demos, test, judge)]
+    if judge and not pairs[1]:
+        raise InputError(f"--gold pairs: no held-out prompt of {s.demos} has a pair, to measure the"
+                         " judge by")
     return World(
         tokenizer=tokenizer, max_prompt=s.max_prompt, max_response=s.max_response, corpus=corpus,
         demos=[(e.prompt, e.response) for e in demos], train_prompts=prompts,
         test_prompts=test_prompts, test_demos=[[answers[x]] for x in test_prompts], golden=golden,
-        preferences=pairs[0], human_pairs=pairs[1],
+        preferences=pairs[0], human_pairs=pairs[1], judge_pairs=pairs[2],
         notes=[note for count, note in (
             (left_out, f"{left_out} records with an empty turn, or whose two answers are to "
                        "different prompts, left out"),
@@ -134,6 +153,8 @@ def file_world(s, seed):
                      "they have no end"),
             (len(learn) - len(demos), f"{len(learn) - len(demos)} demonstrations left out: cut, a "
                                       "held-out prompt"),
+            (len(judge), f"{len(judged)} prompts with {len(judge)} pairs are the judge's, no "
+                         "learner's"),
             (not (s.corpus or s.init), "no --corpus: pi_0 is pretrained on the demonstrations"),
             (s.corpus and len(corpus) == 1, f"{s.corpus} is one document (an empty line would part "
                                             "two): pi_0 will learn little"),
