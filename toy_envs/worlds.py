@@ -165,7 +165,7 @@ def load_golden(spec):
     """The user's golden reward "FILE.py:FUNCTION", checked at every call. Raises InputError."""
     file, _, name = spec.rpartition(":")
     if not file or not Path(file).is_file():
-        raise InputError(f"--gold {spec}: no such file; write FILE.py:FUNCTION")
+        raise InputError(f"--gold {spec}: no such file; write FILE.py:FUNCTION, or pairs")
     try:
         module_spec = importlib.util.spec_from_file_location("gold", file)
         module = importlib.util.module_from_spec(module_spec)
