@@ -25,7 +25,7 @@ NAME = r"judge trained on a disjoint half of the pairs \(([\d,]+) pairs, held-ou
        r"([01]\.\d{3}) \+- (\d\.\d{3})\)"
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def one_thread():
     """Tiny tensors are slow on several threads of a busy machine."""
     threads = torch.get_num_threads()

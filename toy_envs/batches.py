@@ -6,6 +6,7 @@ Either way the gradients add up to those of the whole batch, to rounding. Every 
 whole batch, draws the same random numbers and takes every K-th item; one process is K = 1.
 """
 
+import gc
 import os
 import sys
 from contextlib import contextmanager, nullcontext, redirect_stdout
@@ -32,6 +33,7 @@ def processes(device):
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     with redirect_stdout(None if dist.get_rank() else sys.stdout):
         yield
+    gc.collect()        # what DistributedDataParallel's cycles hold of the group must go before it
     dist.destroy_process_group()        # after an error torchrun ends the others
 
 
