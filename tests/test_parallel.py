@@ -202,12 +202,14 @@ def test_compiling_is_for_training_alone(monkeypatch):
 # ---- processes ----------------------------------------------------------------------------------
 
 STAGES = """
-import json, sys, torch, train
+import json, os, sys, torch, train
 from toy_envs.batches import from_first, processes
 with processes(torch.device("cpu")):
     for argv in json.loads(sys.argv[1]):
         train.main(argv)
         from_first(None)        # the next stage reads what the first process has written
+sys.stdout.flush()
+os._exit(0)     # torch's threads have once in ten runs aborted Python's own way out
 """
 
 
