@@ -388,7 +388,8 @@ def write_aside(path, write):
         write(part)
         part.replace(path)
     except Exception as error:      # a full disk is another kind of error in each library
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        reason = reason.splitlines()[0]
         raise InputError(f"{path}: cannot be written; is the disk full? ({reason})") from error
     finally:
         part.unlink(missing_ok=True)

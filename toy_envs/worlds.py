@@ -81,6 +81,26 @@ def text_world(s, seed):
         values=task.values)
 
 
+def split_by_prompt(examples, s, rng):
+    """(held out, the judge's, to learn from): a prompt goes to one of them with all its answers,
+    of which a judge takes only the pairs. Raises InputError if there is no second prompt."""
+    by_prompt = {}
+    for e in examples:
+        by_prompt.setdefault(e.prompt, []).append(e)
+    if len(by_prompt) < 2:
+        raise InputError(f"{s.demos}: one prompt is too few to hold one out")
+    asked = rng.sample(list(by_prompt), len(by_prompt))
+    n_held = max(1, len(asked) // 5)
+    paired = [x for x in asked[n_held:] if any(e.rejected for e in by_prompt[x])]
+    judged = paired[:len(paired) // 2] if s.gold == "pairs" else []
+    held = [e for x in asked[:n_held] for e in by_prompt[x]]
+    judge = [e for x in judged for e in by_prompt[x] if e.rejected]
+    taken = {*judged}
+    rest = [x for x in asked[n_held:] if x not in taken]
+    learn = [e for x in rest for e in by_prompt[x]][:s.n_demos]
+    return held, judge, learn
+
+
 def file_world(s, seed):
     """One's own data: demonstrations from a file, split by seed into training and held out.
 
@@ -93,19 +113,9 @@ def file_world(s, seed):
     more_prompts = read_prompts(s.prompts) if s.prompts else []
     golden = load_golden(s.gold) if s.gold not in (None, "pairs") else None
     rng = random.Random(seed)
-    by_prompt = {}
-    for e in examples:
-        by_prompt.setdefault(e.prompt, []).append(e)
-    if len(by_prompt) < 2:
-        raise InputError(f"{s.demos}: one prompt is too few to hold one out")
-    asked = rng.sample(list(by_prompt), len(by_prompt))
-    n_held = max(1, len(asked) // 5)        # a prompt is held out with all its answers
-    held = [e for x in asked[:n_held] for e in by_prompt[x]]
-    paired = [x for x in asked[n_held:] if any(e.rejected for e in by_prompt[x])]
-    judged = paired[:len(paired) // 2] if s.gold == "pairs" else []
-    judge = [e for x in judged for e in by_prompt[x] if e.rejected]
-    taken = {*asked[:n_held], *judged}
-    learn = [e for x in asked if x not in taken for e in by_prompt[x]][:s.n_demos]
+    held, judge, learn = split_by_prompt(examples, s, rng)
+    taken = {e.prompt for e in held + judge}
+    n_judged = len({e.prompt for e in judge})
     more_prompts = [x for x in more_prompts if x not in taken]
     # without the rejected answers: they would tell pi_0 what people dislike
     texts = corpus or [e.prompt + e.response for e in learn]
@@ -153,7 +163,7 @@ def file_world(s, seed):
                      "they have no end"),
             (len(learn) - len(demos), f"{len(learn) - len(demos)} demonstrations left out: cut, a "
                                       "held-out prompt"),
-            (len(judge), f"{len(judged)} prompts with {len(judge)} pairs are the judge's, no "
+            (len(judge), f"{n_judged} prompts with {len(judge)} pairs are the judge's, no "
                          "learner's"),
             (not (s.corpus or s.init), "no --corpus: pi_0 is pretrained on the demonstrations"),
             (s.corpus and len(corpus) == 1, f"{s.corpus} is one document (an empty line would part "
