@@ -56,10 +56,13 @@ class Attention(nn.Module):
     def forward(self, x, cache=None, mask=None):
         B, T, D = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, D // self.n_head)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)            # each (B, H, T, D/H)
+        q, k, v = qkv = qkv.permute(2, 0, 3, 1, 4)      # each (B, H, T, D/H)
         if cache is not None:
-            k, v = cache.append(k, v)                   # (B, H, T so far, D/H)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+            k, v = cache.append(qkv[1:])                # (B, H, T so far, D/H)
+        if T == 1 and cache is not None:    # the fused attention is slow at a single query
+            y = (q * q.shape[3] ** -0.5 @ k.transpose(2, 3) + mask).softmax(-1) @ v
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, D))
 
 
@@ -147,8 +150,9 @@ class GPT(nn.Module):
                              f"ones do not fit {self.config.n_positions} positions")
         hidden, caches, mask = self._prefill(prompts, lengths, max_new_tokens)
         rows = torch.arange(B, device=device).repeat_interleave(n)
-        for cache in caches:
-            cache.select(rows)
+        if n > 1:
+            for cache in caches:
+                cache.select(rows)
         hidden, mask, position = hidden[rows], mask[rows], lengths[rows]
         tokens = torch.full((B * n, max_new_tokens), pad, dtype=torch.long, device=device)
         done = torch.full((B * n,), max_new_tokens, device=device)
@@ -182,14 +186,13 @@ class GPT(nn.Module):
         T = int(lengths.max())
         slot = torch.arange(T, device=prompts.device)
         source = slot - (T - lengths)[:, None]      # (B, T): place in the prompt; < 0 is padding
-        real, positions = source >= 0, source.clamp(min=0)
-        causal = slot[:, None] >= slot
+        positions, causal = source.clamp(min=0), slot[:, None] >= slot
         # a padding row may look at itself: a softmax over nothing would be nan
-        mask = (causal & real[:, None, :]) | torch.eye(T, dtype=torch.bool, device=prompts.device)
+        seen = (causal & (source >= 0)[:, None]) | (slot[:, None] == slot)
+        mask = torch.zeros(seen.shape, device=prompts.device).masked_fill(~seen, -math.inf)
         caches = [KVCache(T + max_new_tokens) for _ in self.h]
         hidden = self.hidden(prompts.gather(1, positions), positions, caches, mask[:, None])
-        later = hidden.new_zeros(len(prompts), T).masked_fill(~real, -math.inf)
-        return hidden[:, -1], caches, F.pad(later, (0, max_new_tokens))[:, None, None]
+        return hidden[:, -1], caches, F.pad(mask[:, None, -1:], (0, max_new_tokens))
 
 
 CACHE_NUMBERS = 2 ** 29     # 2 GB in float32: what sampling may keep of keys and values
@@ -215,23 +218,22 @@ def sample_responses(model, prompts, n, max_new_tokens, eos, generator, rows=102
 
 
 class KVCache:
-    """Keys and values of one layer, preallocated: (B, H, slots, D/H), the first `used` filled."""
+    """Keys and values of one layer, preallocated: (2, B, H, slots, D/H), the first `used` filled."""
 
     def __init__(self, slots):
-        self.slots, self.used, self.k, self.v = slots, 0, None, None
+        self.slots, self.used, self.kv = slots, 0, None
 
-    def append(self, k, v):
-        if self.k is None:
-            self.k = k.new_empty(*k.shape[:2], self.slots, k.shape[3])
-            self.v = torch.empty_like(self.k)
-        end = self.used + k.shape[2]
-        self.k[:, :, self.used:end], self.v[:, :, self.used:end] = k, v
+    def append(self, kv):
+        if self.kv is None:
+            self.kv = kv.new_empty(*kv.shape[:3], self.slots, kv.shape[4])
+        end = self.used + kv.shape[3]
+        self.kv[..., self.used:end, :] = kv
         self.used = end
-        return self.k[:, :, :end], self.v[:, :, :end]
+        return self.kv[..., :end, :]
 
     def select(self, rows):
         """Keep these batch rows, in this order; a row may be named more than once."""
-        self.k, self.v = self.k[rows], self.v[rows]
+        self.kv = self.kv[:, rows]
 
 
 def sample_logits(logits, uniform):
