@@ -232,10 +232,10 @@ def train_rewards(world, s, run, init, sft, labelled, y_init, y_sft):
 def best_of_n(s, run, rewards, truth):
     """Scores (P, N) of the candidates by every reward model and by the controls that train nothing;
     their best-of-n for every n goes to the table."""
-    pairs, rng = truth.candidates.pairs, run.rng("random")
+    pairs, n, rng = truth.candidates.pairs, s.n_candidates, run.rng("random")
     values = run.stage(
         "best-of-N", f"5 best-of-N: {len(pairs):,} candidates scored", lambda: side_by_side(
-            lambda name: torch.from_numpy(score(rewards[name][0], pairs, run.device)),
+            lambda name: torch.from_numpy(score(rewards[name][0], pairs, run.device, n=n)),
             list(rewards), run.device))
     scores = {name: mine.cpu().numpy() for name, mine in zip(rewards, values)}
     scores["length"] = truth.candidates.lengths

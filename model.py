@@ -249,10 +249,14 @@ def sample_logits(logits, uniform):
 
 @dataclass
 class Batch:
-    """Token ids (B, T), padded on the right; prompt_lengths (B,) and whole lengths (B,)."""
+    """Token ids (B, T), padded on the right; prompt_lengths (B,) and whole lengths (B,).
+
+    Rows come in runs of n with the same prompt.
+    """
     tokens: torch.Tensor
     prompt_lengths: torch.Tensor
     lengths: torch.Tensor
+    n: int = 1
 
     def response_mask(self):
         """True at response tokens, EOS included, (B, T); never at t = 0, which has no state."""
@@ -261,14 +265,38 @@ class Batch:
         return (t >= start[:, None]) & (t < self.lengths[:, None])
 
 
-def collate(pairs, device="cpu", pad=0):
-    """A Batch of (prompt ids, response ids) pairs, each a list of int."""
+def collate(pairs, device="cpu", pad=0, n=1):
+    """A Batch of (prompt ids, response ids) pairs, each a list of int; n: see Batch."""
     rows = [[*prompt, *response] for prompt, response in pairs]
     width = max(len(row) for row in rows)
     tokens = torch.tensor([row + [pad] * (width - len(row)) for row in rows])
     lengths = [(len(prompt), len(row)) for (prompt, _), row in zip(pairs, rows)]
     prompt_lengths, lengths = torch.tensor(lengths).T
-    return Batch(tokens.to(device), prompt_lengths.to(device), lengths.to(device))
+    return Batch(tokens.to(device), prompt_lengths.to(device), lengths.to(device), n)
+
+
+def states(model, batch):
+    """Hidden states (B, T, D), at the last prompt token and at response tokens.
+
+    In inference a prompt of n > 1 responses goes through the transformer once, as in sampling.
+    """
+    if batch.n == 1 or torch.is_grad_enabled():
+        return model.hidden(batch.tokens)
+    prompts, lengths = batch.prompt_lengths, batch.prompt_lengths[::batch.n]
+    longest, new = int(lengths.max()), int((batch.lengths - prompts).max())
+    last, caches, mask = model._prefill(batch.tokens[::batch.n], lengths, new)
+    rows = torch.arange(len(lengths), device=prompts.device).repeat_interleave(batch.n)
+    for cache in caches:
+        cache.select(rows)
+    step = torch.arange(new, device=prompts.device)
+    places = (prompts[:, None] + step).clamp(max=batch.tokens.shape[1] - 1)
+    mask = mask[rows].repeat(1, 1, new, 1)
+    mask[..., longest:].masked_fill_(step > step[:, None], -math.inf)
+    hidden = model.hidden(batch.tokens.gather(1, places), places, caches, mask)
+    hidden = torch.cat([last[rows, None], hidden], 1)       # from the last prompt token on
+    t = torch.arange(batch.tokens.shape[1], device=prompts.device)
+    source = (t - prompts[:, None] + 1).clamp(0, new)
+    return hidden.gather(1, source[..., None].expand(-1, -1, hidden.shape[2]))
 
 
 def logp_token(model, batch):
@@ -277,7 +305,7 @@ def logp_token(model, batch):
     The vocabulary's logits are made at response positions only.
     """
     mask = batch.response_mask()
-    hidden = model.hidden(batch.tokens)[:, :-1][mask[:, 1:]]
+    hidden = states(model, batch)[:, :-1][mask[:, 1:]]
     logp = model.logits(hidden).log_softmax(-1)
     chosen = logp.gather(1, batch.tokens[mask][:, None]).squeeze(1)
     return chosen.new_zeros(mask.shape).masked_scatter(mask, chosen)

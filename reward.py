@@ -28,7 +28,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from divergences import discriminator_loss
-from model import GPT, collate, logp_seq, logp_writable
+from model import GPT, collate, logp_seq, logp_writable, states
 
 HEADS = ("sum", "last")
 REWARD_MODELS = ("init-sft", "init-demo", "sft-demo", "preference", "log-ratio", "floored")
@@ -56,12 +56,12 @@ class RewardModel(nn.Module):
 
     def token_rewards(self, batch):
         """r(s_t, y_t) at each token, (B, T), nats; head "last" gives it at the end."""
-        hidden = self.trunk.hidden(batch.tokens)
+        hidden = states(self.trunk, batch)
         if self.head == "last":
             rows = torch.arange(len(batch.lengths), device=hidden.device)
             return at_the_end(self.score(hidden[rows, batch.lengths - 1]).squeeze(-1), batch)
-        states = self.score(hidden[:, :-1])                                 # (B, T-1, D)
-        rewards = (states * self.trunk.wte(batch.tokens[:, 1:])).sum(-1)
+        wanted = self.score(hidden[:, :-1])                                 # (B, T-1, D)
+        rewards = (wanted * self.trunk.wte(batch.tokens[:, 1:])).sum(-1)
         return F.pad(rewards, (1, 0)) * batch.response_mask()
 
     def forward(self, batch):
@@ -105,7 +105,7 @@ class LogRatio(nn.Module):
     def token_rewards(self, batch):
         """The term of each token, (B, T); -inf at a token that neither policy can write."""
         mask = batch.response_mask()
-        hidden = (policy.hidden(batch.tokens)[:, :-1][mask[:, 1:]]
+        hidden = (states(policy, batch)[:, :-1][mask[:, 1:]]
                   for policy in (self.sft, self.init))
         ratio = self.log_ratio(*hidden)[1].gather(1, batch.tokens[mask][:, None]).squeeze(1)
         return ratio.new_zeros(mask.shape).masked_scatter(mask, ratio)
@@ -218,13 +218,26 @@ def implicit_reward(policy, reference, batch, beta):
 
 
 @torch.inference_mode()
-def score(reward, pairs, device="cpu", batch_size=64):
-    """Rewards of (prompt ids, response ids) pairs, numpy (len(pairs),), in the pairs' own order."""
-    order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]))
+def score(reward, pairs, device="cpu", batch_size=64, n=1):
+    """Rewards of (prompt ids, response ids) pairs, numpy (len(pairs),), in the pairs' own order.
+
+    n: the pairs come in runs of n with the same prompt; where prompts are longer than responses, a
+    prompt is encoded once for up to 16 of them (see model.states).
+    """
+    run = math.gcd(n, 16)
+    if sum(len(x) for x, _ in pairs) <= sum(len(y) for _, y in pairs):
+        run = 1
+    # runs of responses of similar length, then batches of similar runs: little padding
+    order = [i for start in range(0, len(pairs), n)
+             for i in sorted(range(start, start + n), key=lambda i: len(pairs[i][1]))]
+    runs = sorted((order[i:i + run] for i in range(0, len(order), run)),
+                  key=lambda run: len(pairs[run[-1]][0]) + len(pairs[run[-1]][1]))
+    order = [i for run in runs for i in run]
     scores = np.empty(len(pairs))
     for start in range(0, len(order), batch_size):
         chunk = order[start:start + batch_size]
-        scores[chunk] = reward(collate([pairs[i] for i in chunk], device)).float().cpu().numpy()
+        batch = collate([pairs[i] for i in chunk], device, n=run)
+        scores[chunk] = reward(batch).float().cpu().numpy()
     return scores
 
 

@@ -177,3 +177,26 @@ def test_calibration():
     labels = np.r_[np.ones(80), np.zeros(20)]
     assert calibration(np.full(100, math.log(4)), labels) == pytest.approx(0, abs=1e-9)
     assert calibration(np.full(100, 5.0), labels) == pytest.approx(1 / (1 + math.exp(-5)) - 0.8)
+
+
+@pytest.mark.parametrize("kind", ["sum", "last", "ratio", "floored", "policy"])
+def test_prompts_encoded_once_change_no_reward(kind):
+    """Candidates of one long prompt share its encoding; what each earns is as if it stood alone."""
+    rng, policy = random.Random(3), tiny()
+    prompts = [[rng.randrange(2, 8) for _ in range(length)] for length in (5, 7, 6)]
+    pairs = [(x, [rng.randrange(2, 8) for _ in range(rng.randint(0, 5))])
+             for x in prompts for _ in range(6)]
+    if kind in ("sum", "last"):
+        reward = RewardModel(policy, kind)
+        torch.nn.init.normal_(reward.score.weight)
+    elif kind == "policy":
+        def reward(batch):
+            return logp_seq(policy, batch)
+    else:
+        reward = LogRatio(policy, tiny(1), 0.1 if kind == "floored" else 0.0)
+    runs, states = [], GPT._prefill
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GPT, "_prefill", lambda *a: runs.append(len(a[1])) or states(*a))
+        together = score(reward, pairs, batch_size=8, n=6)
+    assert sum(runs) % 9 == 0 and runs, "each run of two has its prompt encoded once"
+    np.testing.assert_allclose(together, score(reward, pairs, batch_size=1), atol=1e-5)

@@ -73,7 +73,8 @@ class Truth:
             sft, n_candidates, "candidates", f"5 best-of-N: {n_candidates} candidates to each of "
                                              f"{len(world.test_prompts)} held-out prompts")
         self.rival = self.write(sft, SAMPLES, "rivals")     # not to pick from
-        self.sft_logp = self.logp(sft, self.candidates.pairs).reshape(self.candidates.lengths.shape)
+        self.sft_logp = self.logp(sft, self.candidates.pairs, n_candidates).reshape(
+            self.candidates.lengths.shape)
         self.init = self.add_policy("init", init)
         self.add_row("sft", self.candidates, logp=self.sft_logp, kl_from_sft=0.0,
                      forward_kl=self.forward_kl(sft))
@@ -88,9 +89,9 @@ class Truth:
             label if says else own, says,
             lambda: self.world.sample(policy, ids, n, self.run.generator(own), label)))
 
-    def logp(self, policy, pairs):
-        """log pi(y|x) of each pair."""
-        return score(lambda batch: logp_seq(policy, batch), pairs, self.run.device)
+    def logp(self, policy, pairs, n=1):
+        """log pi(y|x) of each pair, of which n in a row have the same prompt."""
+        return score(lambda batch: logp_seq(policy, batch), pairs, self.run.device, n=n)
 
     def forward_kl(self, policy, every=1):
         """E_beta[log d_beta - log pi] over held-out demonstrations without their marks, one in
@@ -143,13 +144,14 @@ class Truth:
         """A row of a policy from fresh samples; reward: the proxy it was optimised for, if any."""
         label = " ".join([method, *(str(value) for value in columns.values())])
         responses = self.write(policy, SAMPLES, label)
-        logp = self.logp(policy, responses.pairs)
+        logp = self.logp(policy, responses.pairs, SAMPLES)
         proxy = None
         if reward is not None:
-            proxy = float(score(reward, responses.pairs, self.run.device).mean())
+            proxy = float(score(reward, responses.pairs, self.run.device, n=SAMPLES).mean())
         self.add_row(method, responses, logp=logp.reshape(responses.lengths.shape),
                      proxy_mean=proxy,
-                     kl_from_sft=float((logp - self.logp(self.sft, responses.pairs)).mean()),
+                     kl_from_sft=float(
+                         (logp - self.logp(self.sft, responses.pairs, SAMPLES)).mean()),
                      forward_kl=self.forward_kl(policy), seconds=seconds, **columns)
         return responses
 
