@@ -299,16 +299,21 @@ def states(model, batch):
     return hidden.gather(1, source[..., None].expand(-1, -1, hidden.shape[2]))
 
 
-def logp_token(model, batch):
-    """log pi(y_t | x, y_<t), (B, T) in nats per token; zero outside the response.
+def logp_at(model, batch, mask):
+    """log pi(y_t | x, y_<t) of the tokens where mask, (B, T), is true: (n,) nats per token.
 
-    The vocabulary's logits are made at response positions only.
+    The vocabulary's logits are made there only.
     """
-    mask = batch.response_mask()
     hidden = states(model, batch)[:, :-1][mask[:, 1:]]
     logp = model.logits(hidden).log_softmax(-1)
-    chosen = logp.gather(1, batch.tokens[mask][:, None]).squeeze(1)
-    return chosen.new_zeros(mask.shape).masked_scatter(mask, chosen)
+    return logp.gather(1, batch.tokens[mask][:, None]).squeeze(1)
+
+
+def logp_token(model, batch):
+    """log pi(y_t | x, y_<t), (B, T) in nats per token; zero outside the response."""
+    mask = batch.response_mask()
+    logp = logp_at(model, batch, mask)
+    return logp.new_zeros(mask.shape).masked_scatter(mask, logp)
 
 
 def logp_writable(model, batch):

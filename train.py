@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from divergences import discriminator_loss, policy_gradient_loss
 from model import (GPT, GPTConfig, InputError, bpe_tokenizer, collate, encode_documents,
-                   encode_pair, logp_token, sample_responses, write_aside, write_json)
+                   encode_pair, logp_at, logp_token, sample_responses, write_aside, write_json)
 from reward import HEADS, RewardModel, at_the_end, bradley_terry_loss, implicit_reward
 from toy_envs.batches import (Objective, from_all, length_batches, micro_batches, processes,
                               rank_and_count)
@@ -158,7 +158,7 @@ def nll_loss(model, items):
     """
     batch = collate([pair for (pair,) in items], device_of(model))
     writable = batch.response_mask() & model.suppress.isfinite()[batch.tokens]
-    return -logp_token(model, batch)[writable].mean()
+    return -logp_at(model, batch, writable).mean()
 
 
 def targets(model, items):
