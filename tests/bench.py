@@ -188,7 +188,7 @@ def score_case(config, device, P, n, T, *response):
     rng = random.Random(0)
     prompts = [random_ids(rng, config, T, T) for _ in range(P)]
     pairs = [(prompt, random_ids(rng, config, *response)) for prompt in prompts for _ in range(n)]
-    make = {"ours": lambda: partial(score, RewardModel(GPT(config).to(device)), pairs, device),
+    make = {"ours": lambda: partial(score, RewardModel(GPT(config).to(device)), pairs, device, n=n),
             "trunk": lambda: partial(forward_pass, GPT(config).to(device).hidden, pairs, device),
             "transformers": lambda: partial(forward_pass, hugging_face(config, device, "AutoModel"),
                                             pairs, device)}
