@@ -42,12 +42,12 @@ METHODS = ("po", "closed-form", "adversarial", "adversarial-exact", "spin", "irf
 
 @dataclass
 class Settings:
-    """Align a language model from demonstrations alone, with the golden truth beside every number.
+    """Align a language model from demonstrations alone, the truth beside every number.
 
-    python afd.py                                  the helpful task, one seed
-    python afd.py --task harmless --seeds 5        means and 95% intervals over five seeds
-    python afd.py --heterogeneity 1 --head last    another writer; the common reward head
-    python afd.py --demos FILE --gold F.py:fn      your own demonstrations and golden reward
+    python afd.py                             the helpful task, one seed
+    python afd.py --task harmless --seeds 5   means, intervals over five seeds
+    python afd.py --heterogeneity 1           the demonstrator is another writer
+    python afd.py --demos FILE                your own data (--gold: a judge)
     """
     task: str = setting("helpful", "built-in text task", choices=["helpful", "harmless"])
     heterogeneity: float = setting(0.0, "chance in [0, 1] that a demonstrator's clause carries a "
@@ -63,7 +63,7 @@ class Settings:
     betas: str = setting("0.3", "po, closed-form: weights of KL(pi || pi_SFT), with commas; all of "
                                 "them for the first of --optimise, the first for the others")
     divergences: str = setting("reverse_kl,forward_kl",
-                               "adversarial, adversarial-exact: which to minimise, commas")
+                               "adversarial(-exact): which divergences to minimise, with commas")
     out: str = setting("out/afd", "folder for config, metrics, results, checkpoints and figures")
     overwrite: bool = setting(False, "replace the run that --out holds")
     resume: bool = setting(False, "go on with the run that --out holds where it was stopped")
@@ -99,12 +99,12 @@ class Settings:
     pretrain_epochs: float = setting(0.0, "passes over the corpus (0: 1, or 4 with --demos)")
     sft_epochs: float = setting(2.0, "passes over the demonstrations")
     reward_epochs: float = setting(1.0, "passes over the reward models' pairs")
-    policy_steps: int = setting(100, "po, adversarial, adversarial-exact: policy-gradient steps")
-    group: int = setting(4, "likewise: samples a prompt; each one's baseline is the others")
+    policy_steps: int = setting(100, "po, adversarial(-exact): policy-gradient steps")
+    group: int = setting(4, "po, adversarial(-exact): samples a prompt, each other's baseline")
     dense: bool = setting(True, "po: reward each token where it is earned, not all at the last")
-    ppo_clip: float = setting(0.0, "likewise: PPO's clip, with four steps a batch (0: off)")
+    ppo_clip: float = setting(0.0, "po, adversarial(-exact): PPO's clip, 4 steps a batch (0: off)")
     label_smoothing: float = setting(0.0, "adversarial: demonstrations get label 1 - this")
-    reward_clip: float = setting(10.0, "adversarial, adversarial-exact: largest absolute reward")
+    reward_clip: float = setting(10.0, "adversarial(-exact): largest absolute reward")
     keep_old: bool = setting(True, "adversarial: half of the negatives are samples of old policies")
     pair_beta: float = setting(0.1, "spin, irft, dpo: beta of the reward beta log pi/pi_ref")
     rounds: int = setting(3, "irft: rounds; its opponent and samples are renewed in each")
