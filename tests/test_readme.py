@@ -11,6 +11,7 @@ import pytest
 
 import afd
 import train
+from toy_envs.files import read_examples, read_prompts
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -106,6 +107,18 @@ def test_links_lead_somewhere():
             assert target.startswith("https://") or (ROOT / target).exists(), target
     for name in re.findall(r"^\| `([\w/]+\.(?:py|md))`", README, re.M):
         assert (ROOT / name).is_file(), name
+
+
+def test_example_records_are_read(tmp_path):
+    """The README's three forms of a FILE, as they stand there, and its rule for --prompts."""
+    lines = re.search(r"one record a line:\n\n```\n(.*?)```", README, re.S)[1]
+    (tmp_path / "demos.jsonl").write_text(lines)
+    (tmp_path / "plain.txt").write_text("An egg?\nTwo?\n")
+    examples, left_out = read_examples(tmp_path / "demos.jsonl")
+    assert len(examples) == 3 and not left_out and [bool(e.rejected) for e in examples] == [0, 0, 1]
+    assert all("egg" in e.prompt.lower() and "Ten minutes" in e.response for e in examples)
+    (tmp_path / "p.jsonl").write_text(lines.splitlines()[0])
+    assert [len(read_prompts(tmp_path / name)) for name in ("plain.txt", "p.jsonl")] == [2, 1]
 
 
 def test_commands_parse():
