@@ -317,7 +317,7 @@ class Settings(Schedule):
 
 
 def flags_of(stage=None):
-    """Settings with the flags that one stage uses, its examples for a docstring."""
+    """Settings with the flags that one stage uses alone, its examples for a docstring: its help."""
     def used(f):
         named = {*f.metadata["help"].partition(":")[0].split(", ")}
         return stage in named if named <= {*STAGES} else f.name in SHARED.get(stage, [f.name])
@@ -429,12 +429,12 @@ def run_stage(stage, s, device):
 
 def main(argv=None):
     stage, *rest = (sys.argv[1:] if argv is None else argv) or [None]
-    if stage in ("-h", "--help"):
-        return parse_settings(flags_of(), ["--help"])
+    if {"-h", "--help"} & {stage, *rest}:
+        return parse_settings(flags_of(stage if stage in STAGES else None), ["--help"])
     if stage not in STAGES:
         raise InputError(f"name a stage first: {', '.join(STAGES)} (--help says more)")
     file = rest.pop(0) if stage == "data" and rest and rest[0][:1] != "-" else None
-    s = Settings(**vars(parse_settings(flags_of(stage), rest)))
+    s = parse_settings(Settings, rest)      # all flags: a script may share some among its stages
     if stage == "data":
         if file is None:
             raise InputError("data needs a file: python train.py data FILE")

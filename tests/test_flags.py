@@ -39,8 +39,8 @@ def test_input_error_is_a_value_error():
 
 
 def test_a_stage_s_help_is_its_own():
-    """A flag that a stage takes and never reads would be believed; one that it reads and refuses
-    could not be set."""
+    """A flag that a stage's help names and the stage never reads would be believed; one that it
+    reads and that is not named would not be found."""
     def flags(stage):
         return {f.name for f in fields(train.flags_of(stage))}
     schedule = {f.name for f in fields(train.Schedule)}
@@ -70,7 +70,7 @@ def test_help_has_the_stage_s_examples_in_80_columns(stage, capsys):
     (["data"], "data needs a file: python train.py data FILE"),
     (["data", "--max-prompt", "9"], "data needs a file"),
     ([], "name a stage first: data, pretrain"), (["cook"], "name a stage first"),
-    (["sft", "--corpus", "x"], "unrecognized arguments: --corpus"), (["sft"], "sft needs --demos")])
+    (["sft", "--nope"], "unrecognized arguments: --nope"), (["sft"], "sft needs --demos")])
 def test_what_is_missing_is_said(argv, says):
     with pytest.raises(InputError, match=says):
         train.main(argv)

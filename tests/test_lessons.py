@@ -280,7 +280,8 @@ def test_commands_are_known(page):
 @pytest.mark.parametrize("command", [
     "python nothing.py", "python afd.py --nope", "python train.py cook --demos x",
     "python train.py sft --nope", "python train.py sft FILE --demos x",
-    "python train.py sft --corpus x", "python -m toy_envs.nothing", "python -m toy_envs.gaussian --nope",
+    "python train.py sft --corpus x", "python -m toy_envs.nothing",
+    "python -m toy_envs.gaussian --nope",
     "python docs/lessons/check.py --nope", "python afd.py --task baking"])
 def test_a_wrong_command_is_noticed(command):
     assert refuse(shlex.split(command))

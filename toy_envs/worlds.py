@@ -164,8 +164,8 @@ def file_world(s, seed):
                      "they have no end"),
             (len(learn) - len(demos), f"{counted(len(learn) - len(demos), 'demonstrations')} left "
                                       "out: cut, a held-out prompt"),
-            (len(judge), f"for the judge, no learner: {counted(len(judge), 'pairs')} to "
-                         f"{counted(n_judged, 'prompts')}"),
+            (len(judge), f"{n_judged} prompts with {len(judge)} pairs are the judge's, no "
+                         "learner's"),
             (not (s.corpus or s.init), "no --corpus: pi_0 is pretrained on the demonstrations"),
             (s.corpus and len(corpus) == 1, f"{s.corpus} is one document (an empty line would part "
                                             "two): pi_0 will learn little"),
