@@ -29,7 +29,7 @@ from model import GPT, GPTConfig, InputError, encode_documents, write_json
 from reward import (HEADS, REWARD_MODELS, Adversary, ExactAdversary, LogRatio, RewardModel,
                     TokenExtrapolation, score)
 from toy_envs.checkpoints import load_init, save_pretrained, save_reward
-from toy_envs.figures import draw_run, print_reward_models, print_samples, print_table
+from toy_envs.figures import counted, draw_run, print_reward_models, print_samples, print_table
 from toy_envs.report import FIGURES, write_report
 from toy_envs.runs import (Run, choose_device, claimed, parse_settings, provenance, run_script,
                            setting, side_by_side)
@@ -42,12 +42,12 @@ METHODS = ("po", "closed-form", "adversarial", "adversarial-exact", "spin", "irf
 
 @dataclass
 class Settings:
-    """Align a language model from demonstrations alone, with the golden truth beside every number.
+    """Align a language model from demonstrations alone, the truth beside every number.
 
-    python afd.py                                  the helpful task, one seed
-    python afd.py --task harmless --seeds 5        means and 95% intervals over five seeds
-    python afd.py --heterogeneity 1 --head last    another writer; the common reward head
-    python afd.py --demos FILE --gold F.py:fn      your own demonstrations and golden reward
+    python afd.py                             the helpful task, one seed
+    python afd.py --task harmless --seeds 5   means, intervals over five seeds
+    python afd.py --heterogeneity 1           the demonstrator is another writer
+    python afd.py --demos FILE                your own data (--gold: a judge)
     """
     task: str = setting("helpful", "built-in text task", choices=["helpful", "harmless"])
     heterogeneity: float = setting(0.0, "chance in [0, 1] that a demonstrator's clause carries a "
@@ -59,12 +59,11 @@ class Settings:
     rewards: str = setting(",".join(REWARD_MODELS), "reward models for best-of-N, with commas")
     methods: str = setting("po,closed-form", "what else to run, with commas, of "
                                              + ", ".join(METHODS) + "; all; none")
-    optimise: str = setting("", "po: against which of --rewards, with commas; all (default: the "
-                                "first of them)")
+    optimise: str = setting("", "po: against which of --rewards, commas; all (default: the first)")
     betas: str = setting("0.3", "po, closed-form: weights of KL(pi || pi_SFT), with commas; all of "
                                 "them for the first of --optimise, the first for the others")
     divergences: str = setting("reverse_kl,forward_kl",
-                               "adversarial: which divergences to minimise, with commas")
+                               "adversarial(-exact): which divergences to minimise, with commas")
     out: str = setting("out/afd", "folder for config, metrics, results, checkpoints and figures")
     overwrite: bool = setting(False, "replace the run that --out holds")
     resume: bool = setting(False, "go on with the run that --out holds where it was stopped")
@@ -100,12 +99,12 @@ class Settings:
     pretrain_epochs: float = setting(0.0, "passes over the corpus (0: 1, or 4 with --demos)")
     sft_epochs: float = setting(2.0, "passes over the demonstrations")
     reward_epochs: float = setting(1.0, "passes over the reward models' pairs")
-    policy_steps: int = setting(100, "po, adversarial: policy-gradient steps")
-    group: int = setting(4, "po, adversarial: samples a prompt; each one's baseline is the others")
+    policy_steps: int = setting(100, "po, adversarial(-exact): policy-gradient steps")
+    group: int = setting(4, "po, adversarial(-exact): samples a prompt, each other's baseline")
     dense: bool = setting(True, "po: reward each token where it is earned, not all at the last")
-    ppo_clip: float = setting(0.0, "po, adversarial: PPO's clip, with four steps a batch (0: off)")
+    ppo_clip: float = setting(0.0, "po, adversarial(-exact): PPO's clip, 4 steps a batch (0: off)")
     label_smoothing: float = setting(0.0, "adversarial: demonstrations get label 1 - this")
-    reward_clip: float = setting(10.0, "adversarial: largest absolute reward")
+    reward_clip: float = setting(10.0, "adversarial(-exact): largest absolute reward")
     keep_old: bool = setting(True, "adversarial: half of the negatives are samples of old policies")
     pair_beta: float = setting(0.1, "spin, irft, dpo: beta of the reward beta log pi/pi_ref")
     rounds: int = setting(3, "irft: rounds; its opponent and samples are renewed in each")
@@ -151,7 +150,7 @@ def pretrain(world, s, run):
     new = GPT(GPTConfig(len(tok), world.max_prompt + world.max_response, s.n_embd, s.n_layer,
                         s.n_head, suppress_tokens=tok.suppress)).to(run.device)
     init, history = run.trained(
-        "pretrain", f"1 pi_0: pretraining on {len(world.corpus):,} texts", new,
+        "pretrain", f"1 pi_0: pretraining on {counted(len(world.corpus), 'texts')}", new,
         lambda: train.fine_tune(new, encode_documents(tok, world.corpus, new.config.n_positions),
                                 [], schedules(s)["pretrain"], run.rng("pretrain"), "pretrain",
                                 run.snapshot("pretrain")))
@@ -164,7 +163,7 @@ def fine_tune(world, s, run, init):
     rng = run.rng("sft")
     parts = train.split([world.pair(x, y) for x, y in world.demos], 0.05, rng)
     sft, history = run.trained(
-        "sft", f"2 pi_SFT: forward KL to {len(world.demos):,} demonstrations", init,
+        "sft", f"2 pi_SFT: forward KL to {counted(len(world.demos), 'demonstrations')}", init,
         lambda: train.fine_tune(init, *parts, schedules(s)["sft"], rng, "sft",
                                 run.snapshot("sft")))
     run.log("sft", history)
@@ -214,7 +213,8 @@ def train_rewards(world, s, run, init, sft, labelled, y_init, y_sft):
         items, held = data[name]
         loss = train.preference_step if name == "preference" else train.discriminator_step
         return run.trained(
-            name, f"4 {name}: reward model on {len(items):,} pairs", RewardModel(init, s.head),
+            name, f"4 {name}: reward model on {counted(len(items), 'pairs')}",
+            RewardModel(init, s.head),
             lambda: train.train_reward(init, items, held, loss, schedules(s)["reward"],
                                        run.rng(name), s.head, name, run.snapshot(name)))
 
@@ -264,7 +264,7 @@ def optimise_policy(world, s, run, sft, truth, reward, plan, beta, label):
         return [(x, y) for x, ys in zip(ids, written) for y in ys]
 
     policy, history = run.trained(
-        label, f"6 {label}: {s.policy_steps} policy-gradient steps", sft,
+        label, f"6 {label}: {counted(s.policy_steps, 'policy-gradient steps')}", sft,
         lambda: train.optimise_policy(sft, reward, draw, s.policy_steps, plan, beta, s.group,
                                       s.ppo_clip, s.dense, label, truth.watch),
         getattr(reward, "judge", None))

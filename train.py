@@ -1,10 +1,11 @@
-"""Text in, checkpoints out: the training loops and their losses; usable stage by stage.
+"""Text in, checkpoints out: the training loops and their losses, stage by stage.
 
-    python train.py pretrain --corpus FILE --out DIR                    pi_0
-    python train.py sft      --demos FILE --init DIR --out DIR          pi_SFT
-    python train.py sample   --prompts FILE --init DIR --out FILE       y ~ pi
-    python train.py reward   --positives FILE --negatives FILE --init DIR --out DIR
-    python train.py data FILE                                           what is understood of it
+    python train.py data FILE                       what is in it, what is cut
+    python train.py pretrain --corpus TEXT --out pi_0
+    python train.py sft --demos DEMOS.jsonl --init pi_0 --out pi_sft
+    python train.py sample --prompts PROMPTS.txt --init pi_sft --out A
+    python train.py reward --positives A --negatives B --init pi_0 --out reward
+    torchrun --nproc_per_node=2 train.py sft ...    the same on two GPUs
 
 A pair is (prompt ids, response ids): the response ends with EOS if it is finished. Pretraining
 reads a document as a response to the empty prompt. Only response tokens that the policy can write
@@ -19,7 +20,7 @@ import shutil
 import sys
 import time
 import zlib
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, make_dataclass
 from pathlib import Path
 
 import torch
@@ -48,7 +49,7 @@ class Schedule:
     epochs: float = setting(1.0, "passes over the data")
     batch_size: int = setting(16, "items per step")
     warmup: float = setting(0.1, "share of the steps spent warming up")
-    weight_decay: float = setting(0.0, "decoupled weight decay, on matrices only")
+    weight_decay: float = setting(0.0, "decoupled weight decay, of matrices; policy gradients: all")
     clip: float = setting(1.0, "largest gradient norm")
     evaluations: int = setting(8, "looks at the held-out data; the best one is kept")
     micro_tokens: int = setting(0, "tokens that go through the model at a time, padding included; "
@@ -283,23 +284,16 @@ def fit_pairs(reference, items, beta, schedule, rng, label="pairs", snapshot=Non
 
 # ---- stage by stage, from the command line ------------------------------------------------------
 
-STAGES = {"pretrain": ["corpus"], "sft": ["demos", "init"],       # and what each has to be given
+STAGES = {"data": [], "pretrain": ["corpus"], "sft": ["demos", "init"],     # and what each needs
           "sample": ["prompts", "init"], "reward": ["positives", "negatives", "init"]}
+# Who trains nothing uses, of the flags whose help names no stage:
+SHARED = {"data": ["init"], "sample": ["init", "out", "overwrite", "seed", "device"]}
 
 
 @dataclass
 class Settings(Schedule):
-    """Train one stage: files in, a checkpoint folder out.
-
-    python train.py data FILE                           (prints what is understood of it)
-    python train.py pretrain --corpus TEXT --out pi_0
-    python train.py sft --demos DEMOS.jsonl --init pi_0 --out pi_sft
-    python train.py sample --prompts PROMPTS.txt --init pi_sft --out SFT.jsonl
-    python train.py reward --positives SFT.jsonl --negatives INIT.jsonl --init pi_0 --out reward
-    torchrun --nproc_per_node=2 train.py sft ...        the same on two GPUs
-    """
-    corpus: str = setting(None, "pretrain: plain text, an empty line between documents, or "
-                               "JSON lines with 'text'")
+    """The flags of all stages; where the help begins with names of stages, they alone use it."""
+    corpus: str = setting(None, "pretrain: plain text by paragraph, or JSON lines with 'text'")
     demos: str = setting(None, "sft: JSON lines with prompt and response, or chosen and rejected")
     positives: str = setting(None, "reward: examples with label 1, as for --demos")
     negatives: str = setting(None, "reward: examples with label 0, as for --demos")
@@ -309,17 +303,29 @@ class Settings(Schedule):
                               "name on the Hugging Face hub such as gpt2 (pretrain: optional)")
     out: str = setting(None, "the checkpoint folder to write; sample: the file")
     overwrite: bool = setting(False, "replace what --out holds")
-    resume: bool = setting(False, "go on where the same command was stopped")
+    resume: bool = setting(False, "pretrain, sft, reward: go on where this was stopped")
     seed: int = setting(0, "random seed")
     device: str = setting("auto", "auto, cpu, cuda or mps")
     head: str = setting("sum", "reward: the reward head", choices=list(HEADS))
     max_prompt: int = setting(192, "data: longest prompt in tokens; longer ones keep their end")
-    max_response: int = setting(64, "data, sft, reward: longest response, tokens; rest is cut")
+    max_response: int = setting(64, "data, sft, reward, sample: longest response, tokens")
     n_positions: int = setting(256, "pretrain: longest sequence in tokens")
     n_embd: int = setting(64, "pretrain: width")
     n_layer: int = setting(2, "pretrain: layers")
     n_head: int = setting(4, "pretrain: attention heads")
-    vocab_size: int = setting(2048, "pretrain: size of the byte-level BPE vocabulary")
+    vocab_size: int = setting(2048, "data, pretrain: size of the byte-level BPE vocabulary")
+
+
+def flags_of(stage=None):
+    """Settings with the flags that one stage uses alone, its examples for a docstring: its help."""
+    def used(f):
+        named = {*f.metadata["help"].partition(":")[0].split(", ")}
+        return stage in named if named <= {*STAGES} else f.name in SHARED.get(stage, [f.name])
+    flags = [(f.name, f.type, setting(f.default, **f.metadata)) for f in fields(Settings)
+             if stage is None or used(f)]
+    title, *lines = __doc__.splitlines()
+    examples = [line for line in lines if f" train.py {stage or ''}" in line]
+    return make_dataclass("Flags", flags, namespace={"__doc__": "\n".join([title, "", *examples])})
 
 
 def read_pairs(path, tokenizer, n_positions, max_response):
@@ -422,20 +428,22 @@ def run_stage(stage, s, device):
 
 
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    if len(argv) > 1 and argv[0] == "data" and not argv[1].startswith("-"):
-        s = parse_settings(Settings, argv[2:])
+    stage, *rest = (sys.argv[1:] if argv is None else argv) or [None]
+    if {"-h", "--help"} & {stage, *rest}:
+        return parse_settings(flags_of(stage if stage in STAGES else None), ["--help"])
+    if stage not in STAGES:
+        raise InputError(f"name a stage first: {', '.join(STAGES)} (--help says more)")
+    file = rest.pop(0) if stage == "data" and rest and rest[0][:1] != "-" else None
+    s = parse_settings(Settings, rest)      # all flags: a script may share some among its stages
+    if stage == "data":
+        if file is None:
+            raise InputError("data needs a file: python train.py data FILE")
         check_model(s.n_embd, s.n_head, s.vocab_size)
-        return print(describe(argv[1], s))
-    if argv and argv[0] in STAGES:
-        s = parse_settings(Settings, argv[1:])
-        check(argv[0], s)
-        device = choose_device(s.device, s.bf16, s.compile)
-        with processes(device):
-            return sample(s, device) if argv[0] == "sample" else run_stage(argv[0], s, device)
-    if {"-h", "--help"} & set(argv):
-        return parse_settings(Settings, ["--help"])
-    raise InputError(f"name a stage first: data FILE, {', '.join(STAGES)} (--help lists the flags)")
+        return print(describe(file, s))
+    check(stage, s)
+    device = choose_device(s.device, s.bf16, s.compile)
+    with processes(device):
+        return sample(s, device) if stage == "sample" else run_stage(stage, s, device)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""Make the README's numbers and figures: every run over five seeds, two at a time, resumable.
+"""Make the pages' numbers and figures: every run over five seeds, two at a time, resumable.
 
     make results                      run what is missing, then collect
     python docs/results.py collect    only collect what is there
+    python docs/results.py pages      only the pages and figures, from docs/results.json
 
 A run is one `python afd.py` of one seed into out/results/NAME. One whose results.json is there is
 not done again, so this may be stopped and started, and runs may come in any order. pi_0 does not
@@ -143,6 +144,8 @@ def collect():
                 stretch = history[start:start + 10]
                 data["curves"].append({**key, "name": label, **{
                     k: short(sum(r[k] for r in stretch) / len(stretch)) for k in stretch[0]}})
+    if not data["runs"]:
+        sys.exit(f"error: no setting's seeds are all in {RUNS}; {COLLECTED} is left as it was")
     write_json(COLLECTED, data, indent=None)
     return data
 
@@ -200,6 +203,11 @@ GOALS = (("init-sft", 16, "spin", 1), ("init-sft", 16, "irft", 1),
          ("po init-sft 0.3", 1, "init-sft", 16), ("po init-sft 0.3", 1, "init-sft", 64),
          ("po floored 0.3", 1, "init-sft", 64), ("closed-form floored 0.3", 1, "init-sft", 64),
          ("closed-form floored 0.3", 1, "po floored 0.3", 1))
+# The README's own table: what each way to write earns, in every world.
+MAIN = ("init", "sft", "demo", *SELECTORS[:6], "golden", "po init-sft 0.3", "po floored 0.3",
+        "closed-form log-ratio 0.3", "closed-form floored 0.3", "adversarial reverse_kl", "spin",
+        "irft", "dpo")
+WORLDS = {f"{task}, h = {h}": f"{task}-h{h}" for task in ("helpful", "harmless") for h in "01"}
 COLUMNS = (("golden", "gold_mean", "{:.2f}"), ("win/SFT", "win_vs_sft", "{:.2f}"),
            ("win/demo", "win_vs_demo", "{:.2f}"), ("KL", "kl_from_sft", "{:.1f}"),
            ("entropy", "entropy", "{:.1f}"), ("distinct", "distinct", "{:.2f}"),
@@ -222,6 +230,16 @@ def methods_table(data, group):
                 form.format(sum(c) / len(c)) if c else "–"
                 for c, (_, _, form) in zip(cells[1:], COLUMNS[1:]))])
     return markdown(["writer", *(title for title, _, _ in COLUMNS)], rows)
+
+
+def main_table(data):
+    """Golden reward of the writers of MAIN in every world, and their KL in the first one."""
+    picked = {r["reward_model"] for r in data["rows"] if r["method"] == "bon"}
+    kl = {name: values(data, "helpful-h0", name, "kl_from_sft").values() for name in MAIN}
+    return markdown(["golden reward, points", *WORLDS, "KL, nats"], [
+        [f"best of 16, {name}" if name in picked else WRITERS.get(name, name),
+         *(cell(values(data, group, name).values()) for group in WORLDS.values()),
+         f"{sum(kl[name]) / len(kl[name]):.1f}" if kl[name] else "–"] for name in MAIN])
 
 
 def seek_table(data):
@@ -247,6 +265,7 @@ def tables(data):
     noises = {"0": "helpful-h0", **{noise: f"noise{noise}" for noise in NOISE}}
     learners = ("sft", "init-sft", "po init-sft 0.3", "floored", "preference")
     made = {
+        "MAIN": main_table(data),
         "SHARES": markdown(["selector", *heads], [
             [name, *(percent(shares(data, group).get(name)) for group in heads.values())]
             for name in SELECTORS]),
@@ -281,12 +300,28 @@ def tables(data):
     return {name: table for name, table in made.items() if not missing.get(name)}
 
 
-def fill(text, made):
-    """The README with each table between its markers <!-- NAME --> and <!-- end -->."""
+def quoted(data, recipe):
+    """The number of a sentence: "share GROUP: NAME", of the golden selector's gain at N = 16, or
+    "golden GROUP[, GROUP]: NAME[ less NAME]"; "NAME of 64" is best-of-64."""
+    kind, groups, names = re.fullmatch(r"(share|golden) (.+?): (.+)", recipe).groups()
+    if kind == "share":
+        return percent(shares(data, groups)[names])
+    (a, n), *other = [(name.removesuffix(" of 64"), 64 if name.endswith(" of 64") else 16)
+                      for name in names.split(" less ")]
+    if not other:
+        return cell(values(data, groups, a, n=n).values())
+    [(b, m)] = other
+    return differences(data, groups.split(", "), a, b, n, m)
+
+
+def fill(text, made, data):
+    """A page with each table between its markers <!-- NAME --> and <!-- end -->, and each number of
+    its sentences that a comment <!-- = RECIPE --> follows."""
     for name, table in made.items():
         text = re.sub(rf"(<!-- {name} -->\n).*?(<!-- end -->)",
                       lambda found: f"{found[1]}{table}\n{found[2]}", text, flags=re.S)
-    return text
+    return re.sub(r"[-\d.%]+ ± [\d.%]+(<!-- = (.+?) -->)",
+                  lambda found: quoted(data, found[2]) + found[1], text)
 
 
 def figures(data, folder):
@@ -303,19 +338,22 @@ def figures(data, folder):
 
 
 def main():
-    runs = all_runs()
-    if sys.argv[1:] != ["collect"]:
+    runs, words = all_runs(), sys.argv[1:]
+    if words not in ([], ["collect"], ["pages"]):
+        sys.exit("error: " + " ".join(words) + ": say collect, pages or nothing")
+    if not words:
         for first in (True, False):         # those that pretrain pi_0 come first
             with ThreadPoolExecutor(2) as pool:
                 mine = [(name, *rest) for name, rest in runs.items() if (rest[1] is None) == first]
                 done = list(pool.map(lambda args: run(*args), mine))
             if not all(done):
                 sys.exit("some runs failed; `make results` tries them again")
-    data = collect()
+    data = json.loads(COLLECTED.read_text(encoding="utf-8")) if words == ["pages"] else collect()
     for page in PAGES:
-        page.write_text(fill(page.read_text(encoding="utf-8"), tables(data)), encoding="utf-8")
+        text = fill(page.read_text(encoding="utf-8"), tables(data), data)
+        page.write_text(text, encoding="utf-8")
     figures(data, ROOT / "docs" / "figures")
-    print(f"wrote {COLLECTED}, the tables of {', '.join(map(str, PAGES))} and docs/figures")
+    print(f"{COLLECTED}: the tables of {', '.join(map(str, PAGES))} and docs/figures are of it")
 
 
 if __name__ == "__main__":

@@ -204,7 +204,7 @@ def test_one_s_own_data(tmp_path, capsys):
             "--vocab-size", "300", "--max-prompt", "40", "--max-response", "8",
             "--policy-steps", "2", "--methods", "all"]
     results = afd.main([*argv, "--out", str(tmp_path / "o")])
-    assert "1 prompts longer than 40 tokens keep only their end" in capsys.readouterr().out
+    assert "1 prompt longer than 40 tokens cut to the end" in capsys.readouterr().out
     assert all(r["gold_mean"] is None for r in results["rows"]) and results["summary"] is None
     for record in results["reward_models"]:
         assert 0 <= record["human_agreement"] <= 1 and record["human_pairs"] == 12

@@ -247,7 +247,7 @@ def settings_of(script):
 def refuse(command):
     """Why this command would not start, or None. Nothing is run."""
     words = command[2:] if command[1] == "-m" else command[1:]
-    script, flags = words[0], words[1:]
+    script, flags, settings = words[0], words[1:], None
     if command[1] == "-m":
         script = script.replace(".", "/") + ".py"
     if not (ROOT / script).is_file():
@@ -260,11 +260,11 @@ def refuse(command):
             train.main([flags[0], *files])
         if re.search("name a stage|unrecognized", str(said.value)):
             return str(said.value)
-        flags = flags[1 + len(files):]
+        settings, flags = train.flags_of(flags[0]), flags[1 + len(files):]
     if flags and flags[-1] == "--demos":            # the README speaks of `python afd.py --demos`
         flags = [*flags, "FILE"]
     try:
-        train.parse_settings(settings_of(script), flags)
+        train.parse_settings(settings or settings_of(script), flags)
     except InputError as error:
         return str(error)
     return None
@@ -280,7 +280,8 @@ def test_commands_are_known(page):
 @pytest.mark.parametrize("command", [
     "python nothing.py", "python afd.py --nope", "python train.py cook --demos x",
     "python train.py sft --nope", "python train.py sft FILE --demos x",
-    "python -m toy_envs.nothing", "python -m toy_envs.gaussian --nope",
+    "python train.py sft --corpus x", "python -m toy_envs.nothing",
+    "python -m toy_envs.gaussian --nope",
     "python docs/lessons/check.py --nope", "python afd.py --task baking"])
 def test_a_wrong_command_is_noticed(command):
     assert refuse(shlex.split(command))

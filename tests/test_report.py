@@ -14,9 +14,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from toy_envs.figures import COLORS
-from toy_envs.report import FIGURES, clauses, table, write_report
+from toy_envs.figures import COLORS, draw_run, pyplot
+from toy_envs.report import FIGURES, clauses, table, verdict, write_report
 from toy_envs.text_tasks import FLOURISHES, TextTask
+from toy_envs.truth import summarise
 from toy_envs.worlds import World
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome",
@@ -58,7 +59,7 @@ class Reader(HTMLParser):
 
 def world_of(task=None):
     """The part of a world that a report reads: of a built-in task, or of one's own files."""
-    fields = dict.fromkeys(World.__dataclass_fields__)
+    fields = {**dict.fromkeys(World.__dataclass_fields__), "notes": []}
     if task:
         fields.update(parse=task.parse, values=task.values, unmark=task.unmark, golden=task.golden)
     return SimpleNamespace(**fields)
@@ -84,11 +85,11 @@ def content(prompts, world, texts, demos=None, n=8):
            "proxy_mean": 3.0, "kl_from_sft": 1.8, "entropy": 9.0, "length_mean": 20.0}
     learned = {"reward_model": "init-sft", "accuracy": 0.75, "calibration_error": float("nan"),
                "corr_golden": None, "corr_length": 0.5, "marks_worth": None,
-               "human_agreement": None}
+               "human_agreement": None, "human_ci95": None, "human_pairs": 0}
     config = {"task": "helpful", "heterogeneity": 0.0, "demos": demos, "n_candidates": n,
               "betas": [0.3]}
     return {"command": f"python afd.py {demos}", "versions": {"python": "3"}, "config": config,
-            "seconds": {"0": {}}, "reward_models": [learned],
+            "seconds": {"0": {}}, "reward_models": [learned], "summary": None, "gold": "",
             "rows": [row, {**row, "method": "po", "beta": 0.3, "n": 1}]}, samples
 
 
@@ -151,6 +152,66 @@ def test_columns_of_which_nothing_is_known_are_left_out():
     made = Reader(table("t", ("name", "a", "b", "c"),
                         [(("x", None), "-", "1", "-"), (("y", None), "-", "-", "2")]))
     assert made.tables[None] == [["name", "b", "c"], ["x", "1", "-"], ["y", "-", "2"]]
+
+
+def run_of(gold=None, agreement=None, marks=None):
+    """results of a made-up run of one seed; gold: {writer: points}, agreement: {reward model:
+    share of people's pairs}, with an interval of 0.1."""
+    row = {"seed": 0, "beta": None, "gold_ci95": gold and 0.25, "proxy_mean": 1.0}
+    methods = {"sft": None, "demo": None, **dict.fromkeys(("init-sft", "floored", "golden"), "bon")}
+    rows = [{**row, "method": method or name, "reward_model": method and name, "n": n,
+             "gold_mean": gold and gold[name]} for name, method in methods.items()
+            for n in ((1, 16) if method else (1,))]
+    records = [{"seed": 0, "reward_model": name, "corr_golden": gold and 0.5, "corr_length": 0.1,
+                "marks_worth": marks, "human_pairs": 40 if agreement else 0, "human_ci95": 0.1,
+                "human_agreement": agreement and agreement[name]}
+               for name in ("init-sft", "floored")]
+    return {"rows": rows, "reward_models": records, "gold": "", "summary": summarise(rows, 16)}
+
+
+GOLD = {"sft": 1.0, "demo": 2.0, "init-sft": 1.5, "floored": 2.6, "golden": 3.0}
+
+
+@pytest.mark.parametrize("results, says", [
+    (run_of(GOLD), "Of 2 reward models floored picks best: its best of 16 earns 2.60 ± 0.25 points"
+                   ", 80% of what a selector that knows golden gains over pi_SFT. pi_SFT: 1.00, "
+                   "demonstrations: 2.00, that selector: 3.00."),
+    (run_of(agreement={"init-sft": 0.65, "floored": 0.4}),
+     "Nobody knows the golden reward of these data. Of 2 reward models init-sft agrees most with "
+     "people, on 0.650 ± 0.100 of 40 held-out pairs, above chance."),
+    (run_of(agreement={"init-sft": 0.3, "floored": 0.55}), "which chance may explain."),
+    (run_of(), "no held-out pairs say what people prefer: read the samples."),
+    ({**run_of(GOLD), "gold": "a judge"}, "2.60 ± 0.25 log-odds by the trained judge, 80%"),
+    ({**run_of(), "reward_models": []}, "No reward model was asked for.")])
+def test_the_verdict_is_what_came_out(results, says):
+    """The first line that a reader sees: the wrong model or share there would be believed."""
+    assert says in verdict(results, 16)
+
+
+@pytest.mark.parametrize("results, panels", [
+    (run_of(GOLD, marks=0.0), (2, 2)), (run_of(GOLD, marks=2.0), (2, 3)), (run_of(), (1, 1)),
+    (run_of(agreement={"init-sft": 0.65, "floored": 0.4}), (1, 2))])
+def test_no_panel_of_a_figure_is_empty(results, panels, tmp_path, monkeypatch):
+    """Golden without a golden reward, the worth of marks without marks: room for nothing."""
+    drawn = []
+    monkeypatch.setattr(pyplot(), "close", lambda figure: drawn.append(figure))
+    paths = draw_run(results["rows"], results["reward_models"], tmp_path)
+    assert [path.name for path in paths] == list(FIGURES)
+    assert tuple(len(figure.axes) for figure in drawn) == panels
+    assert all(axis.lines[1:] or axis.patches for figure in drawn for axis in figure.axes)
+
+
+def test_notes_and_people_s_agreement_are_shown(tmp_path):
+    """What was cut or left out, as text; and agreement never without its interval."""
+    world = world_of()
+    world.notes = ["3 records left out: <b>"]
+    results, samples = content(TAME, world, TAME, "mine.jsonl")
+    results["reward_models"][0] |= {"human_agreement": 0.625, "human_ci95": 0.125,
+                                    "human_pairs": 60}
+    page = written(tmp_path, results, samples, world)
+    assert "<p>3 records left out: &lt;b&gt;</p>" in page
+    assert Reader(page).tables["learned-title"][1][-1] == "0.625 ± 0.125"
+    assert "on 0.625 ± 0.125 of 60 held-out pairs" in Reader(page).texts["verdict"]
 
 
 @pytest.mark.parametrize("name", ["helpful", "harmless"])
@@ -250,6 +311,8 @@ def test_keys_turn_the_pages_and_every_pick_is_the_argmax(browse, tmp_path):
             "pi_0", "pi_SFT", "po init-sft 0.3", "demonstration"]
         assert "step +1 a step of the topic" in dom.texts["legend"]
         assert "mark the demonstrator's mark" in dom.texts["legend"]
+        kinds = {kind for text, x in zip(texts, prompts) for kind, *_ in task.parse(x, text)}
+        assert ("a kind refusal" in dom.texts["legend"]) == ("refusal" in kinds)
 
 
 def test_markup_is_shown_as_text(browse, tmp_path):
@@ -269,7 +332,9 @@ def test_a_small_screen_does_not_scroll_sideways(browse, tmp_path):
     pages = {"own": own(tmp_path / "own", NASTY, demos="d" * 200), "task": written(
         tmp_path / "task", *content(prompts, world_of(task), texts), world_of(task))}
     say = "<script>const page = document.documentElement;" + PRESS % '["k"]' + (
-        "parent.postMessage(`${innerWidth} ${page.scrollWidth - page.clientWidth} `, '*')"
+        "requestAnimationFrame(() => setTimeout(() => parent.postMessage(`${innerWidth} "
+        "${page.scrollWidth - page.clientWidth} `"
+        " + getComputedStyle(document.querySelector('.scroll'), '::before').content, '*')))"
         "</script></body>")
     for name, page in pages.items():
         (tmp_path / f"{name}.html").write_text(page.replace("</body>", say), "utf-8")
@@ -277,3 +342,4 @@ def test_a_small_screen_does_not_scroll_sideways(browse, tmp_path):
                      'style="border:0"></iframe></body>', "onmessage = event => "
                      "document.getElementById('got').textContent = event.data;")
         assert dom.texts["got"].split()[:2] == ["360", "0"], name
+        assert "more to the right" in dom.texts["got"], "no hint that the table is wider"

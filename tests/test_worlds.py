@@ -26,7 +26,7 @@ def test_long_prompts_are_cut_wherever_they_go(tmp_path):
     assert all(len(world.tokenizer.encode(x)) <= 12 for x in prompts) and len(prompts) == 19
     assert all(x.endswith(f"number {i}\n") for i, x in enumerate(sorted(
         {x for x in prompts if "number" in x}, key=lambda x: x[-3:])))
-    assert "10 prompts longer than 12 tokens keep only their end" in world.notes
+    assert "10 prompts longer than 12 tokens cut to the end" in world.notes
     assert world.pair("x" * 99 + " why?\n", "y")[0] == world.tokenizer.encode("xxxxxx why?\n")
 
 

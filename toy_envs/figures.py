@@ -73,6 +73,11 @@ def number(value, form="{:.2f}"):
     return "-" if value is None or value != value else form.format(value)
 
 
+def counted(n, things):
+    """"1 text", "2,000 texts": n of the things, whose name is given in the plural."""
+    return f"{n:,} {things.removesuffix('s') if n == 1 else things}"
+
+
 def over_seeds(records, key):
     """Mean of one column over seeds, or None where the column is empty."""
     values = [r[key] for r in records if r[key] is not None]
@@ -174,56 +179,64 @@ def draw_run(rows, records, out, gold=None):
     plt = pyplot()
     title = "golden reward (a trained judge's), log-odds" if gold else TRUTH
     paths = [draw_best_of_n(plt, rows, Path(out) / "best_of_n.png", title)]
-    if records and records[0]["corr_golden"] is not None:
-        paths.append(draw_reward_models(plt, records, out))
-    return paths
+    return paths + ([draw_reward_models(plt, records, out)] if records else [])
 
 
 def draw_best_of_n(plt, rows, path, golden=TRUTH):
-    """Golden reward against N beside the proxy's own view of it, one line a selector."""
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.8))
+    """Golden reward against N, where it is known, beside the proxy's own view of it, one line a
+    selector."""
     demo = over_seeds([r for r in rows if r["method"] == "demo"], "gold_mean")
+    panels = [("gold_mean", golden)] if demo is not None else []
+    panels.append(("proxy_mean", "rise of the proxy reward, nats"))
+    figure, axes = plt.subplots(1, len(panels), figsize=(1 + 4 * len(panels), 3.8), squeeze=False)
     rows = [r for r in rows if r["method"] == "bon"]
     models = list(dict.fromkeys(r["reward_model"] for r in rows))
     for model in models:
         style = {"color": COLORS[model], "label": model,
                  "linestyle": "--" if model in CONTROLS else "-"}
-        gold, ns = by_seed(rows, model, "gold_mean")
-        proxy, _ = by_seed(rows, model, "proxy_mean")
-        for axis, values in ((axes[0], gold), (axes[1], proxy - proxy[:, :1])):
-            if np.isnan(values).any() or (axis is axes[1] and model in CONTROLS):
+        for axis, (key, _) in zip(axes[0], panels):
+            values, ns = by_seed(rows, model, key)
+            if np.isnan(values).any() or (key == "proxy_mean" and model in CONTROLS):
                 continue
+            values = values - values[:, :1] if key == "proxy_mean" else values
             axis.plot(ns, values.mean(0), marker="o", markersize=3, **style)
             if len(values) > 1:
                 half = [mean_ci(column)[1] for column in values.T]
                 axis.fill_between(ns, values.mean(0) - half, values.mean(0) + half,
                                   color=style["color"], alpha=0.15, linewidth=0)
     if demo is not None:
-        axes[0].axhline(demo, color="#555555", linewidth=1, linestyle=":", label="demonstrations")
-    for axis, title in zip(axes, (golden, "rise of the proxy reward, nats")):
+        axes[0, 0].axhline(demo, color="#555555", linewidth=1, linestyle=":",
+                           label="demonstrations")
+    for axis, (_, title) in zip(axes[0], panels):
         axis.set(xscale="log", xlabel="N of best-of-N", title=title, xticks=ns,
                  xticklabels=[str(n) for n in ns])
         axis.minorticks_off()
-    figure.legend(*axes[0].get_legend_handles_labels() if axes[0].lines else
-                  axes[1].get_legend_handles_labels(), loc="outside right center")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center")
     return save_figure(figure, path)
 
 
 def draw_reward_models(plt, records, out):
-    """What each reward model learned: correlations with golden and length, worth of the marks."""
-    figure, axes = plt.subplots(1, 3, figsize=(9, 2.6), sharey=True)
+    """What each reward model learned: a panel for each of these of which there is any."""
+    panels = [(key, title) for key, title in (
+        ("corr_golden", "rank correlation with golden"),
+        ("corr_length", "rank correlation with length"),
+        ("marks_worth", "worth of the marks, sd of scores"),
+        ("human_agreement", "agreement with people on pairs")) if any(r[key] for r in records)]
+    figure, axes = plt.subplots(1, len(panels), figsize=(3 * len(panels), 2.6), sharey=True)
     models = list(dict.fromkeys(r["reward_model"] for r in records))[::-1]
-    for axis, (key, title) in zip(axes, (("corr_golden", "rank correlation with golden"),
-                                         ("corr_length", "rank correlation with length"),
-                                         ("marks_worth", "worth of the marks, sd of scores"))):
+    for axis, (key, title) in zip(np.atleast_1d(axes), panels):
+        chance = 0.5 if key == "human_agreement" else 0
         for i, model in enumerate(models):
             values = [r[key] for r in records if r["reward_model"] == model and r[key] is not None]
             if values:
                 mean, half = mean_ci(values)
-                axis.barh(i, mean, color=COLORS[model], xerr=None if np.isnan(half) else half)
+                if chance and len(values) == 1:
+                    half = next(r["human_ci95"] for r in records if r["reward_model"] == model)
+                axis.barh(i, mean - chance, left=chance, color=COLORS[model],
+                          xerr=None if np.isnan(half) else half)
             else:
-                axis.text(0, i, " not defined", va="center", fontsize=7, color="#555555")
-        axis.axvline(0, color="black", linewidth=0.8)
+                axis.text(chance, i, " not defined", va="center", fontsize=7, color="#555555")
+        axis.axvline(chance, color="black", linewidth=0.8)
         axis.set(title=title, yticks=range(len(models)), yticklabels=models)
     return save_figure(figure, Path(out) / "reward_models.png")
 
@@ -238,9 +251,10 @@ def mean_curve(points):
 
 
 def draw_frontier(plt, rows, curves, path):
-    """Golden (left) and proxy reward (right) against KL from pi_SFT, nats: best-of-N for N = 1 to
-    64, policy optimisation along its steps (samples on training prompts) with crosses at its end
-    (held-out prompts, as all else), and the closed form; means over seeds."""
+    """Golden (left) and proxy reward (right) against KL from pi_SFT, nats: best-of-N for N = 2 to
+    64 (at N = 1 the KL is 0, which a log axis lacks), policy optimisation along its steps (samples
+    on training prompts) with crosses at its end (held-out prompts, as all else), and the closed
+    form; means over seeds."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.2))
     for axis, gold, proxy in ((axes[0], "gold_mean", "golden"), (axes[1], "proxy_mean", "proxy")):
         for name in dict.fromkeys(r["reward_model"] for r in rows if r["method"] == "bon"):

@@ -12,12 +12,14 @@ from itertools import groupby
 from pathlib import Path
 
 from model import write_aside
-from toy_envs.figures import COLORS, by_writer, interval, number, over_seeds
+from toy_envs.figures import COLORS, by_writer, counted, interval, number, over_seeds
 from toy_envs.truth import WRITERS, judge_note, name_of
 
 FIGURES = {     # that a run may have drawn: what is to be seen in them
-    "best_of_n.png": "Golden and proxy reward against N. Where they part: over-optimisation.",
-    "reward_models.png": "Rank correlation with golden reward and length; worth of the marks."}
+    "best_of_n.png": "Each proxy against N and, where it is known, the golden reward of its picks. "
+                     "Where they part: over-optimisation.",
+    "reward_models.png": "What the scores of each reward model go with; rank correlations are "
+                         "within a prompt."}
 COLUMNS = (("proxy_mean", "proxy, nats", "{:.1f}"), ("win_vs_sft", "win/SFT", "{:.2f}"),
            ("win_vs_demo", "win/demo", "{:.2f}"), ("kl_from_sft", "KL, nats", "{:.1f}"),
            ("reverse_kl", "rev. KL, nats", "{:.1f}"), ("forward_kl", "fwd. KL, nats", "{:.1f}"),
@@ -32,13 +34,17 @@ def write_report(out, results, samples, world):
     """Write out/report.html from what results.json holds, the samples of truth.pick_samples and
     their world (of any seed: only its kinds of clauses are read); returns its path."""
     path, config, seeds = Path(out) / "report.html", results["config"], list(results["seconds"])
-    n = min(16, config["n_candidates"])
+    n, over = min(16, config["n_candidates"]), "seeds" if len(seeds) > 1 else "prompts"
     built_in = f"{config['task']}, heterogeneity {config['heterogeneity']:g}"
     task = Path(config["demos"]).name if config["demos"] else built_in
     data = json.dumps(browser_data(samples, world, results["rows"], n), allow_nan=False)
     parts = {
         "TITLE": escape(f"{task}; seed {' to '.join(dict.fromkeys((seeds[0], seeds[-1])))}"),
-        "OVER": "seeds" if len(seeds) > 1 else "prompts", "N": str(n), "SEED": seeds[0],
+        "GOLDEN": f"Golden reward per response ± 95% over {over}; no method sees it, except "
+                  "through preference labels." if results["summary"] else "",
+        "N": str(n), "SEED": seeds[0],
+        "VERDICT": escape(verdict(results, n)),
+        "NOTES": "".join(f"<p>{escape(note)}</p>\n" for note in world.notes),
         "GOLD": escape(judge_note(results["gold"])) if results.get("gold") else "",
         "TABLE": result_table(results["rows"], n),
         "LEARNED": learned_table(results["reward_models"]),
@@ -52,6 +58,34 @@ def write_report(out, results, samples, world):
     page = re.sub("<!-- ([A-Z]+) -->", lambda slot: parts[slot[1]], template)
     write_aside(path, lambda part: part.write_text(page, encoding="utf-8"))
     return path
+
+
+def verdict(results, n):
+    """What came out, in a sentence or two: the reward model whose picks of n earn most golden
+    reward, or that agrees most with people, or that nobody knows."""
+    learned, methods = by_model(results["reward_models"]), (results["summary"] or {}).get("methods")
+    if not learned:
+        return "No reward model was asked for."
+    among = f"Of {counted(len(learned), 'reward models')} "
+    if methods:
+        best = max((name for name in learned if name in methods),
+                   key=lambda name: methods[name]["gold"][0])
+        half = interval(by_writer(results["rows"], n)["bon", best], "gold_mean", "gold_ci95")
+        gold = {name: f"{method['gold'][0]:.2f}" for name, method in methods.items()}
+        unit = "log-odds by the trained judge" if results["gold"] else "points"
+        share = number(methods[best]["share_of_golden_gain"][0], "{:.0%}")
+        return (f"{among}{best} picks best: its best of {n} earns {gold[best]} ± {number(half)} "
+                f"{unit}, {share} of what a selector that knows golden gains over pi_SFT. "
+                f"pi_SFT: {gold['sft']}, demonstrations: {gold['demo']}, that selector: "
+                f"{gold['golden']}.")
+    said = "Nobody knows the golden reward of these data"
+    if not any(r["human_pairs"] for r in results["reward_models"]):
+        return f"{said}, and no held-out pairs say what people prefer: read the samples."
+    best = max(learned, key=lambda name: over_seeds(learned[name], "human_agreement"))
+    mean, half = agreement(learned[best])
+    chance = "above chance" if mean - half > 0.5 else "which chance may explain"
+    return (f"{said}. {among}{best} agrees most with people, on {mean:.3f} ± {half:.3f} of "
+            f"{counted(learned[best][0]['human_pairs'], 'held-out pairs')}, {chance}.")
 
 
 def figure(path, caption):
@@ -91,11 +125,27 @@ def result_table(rows, n):
 
 def learned_table(records):
     """What the reward models learned: the second table that a run prints."""
-    lines, (keys, titles) = [], zip(*LEARNED)
-    for name in dict.fromkeys(r["reward_model"] for r in records):
-        mine = [r for r in records if r["reward_model"] == name]
-        lines.append(((name, COLORS[name]), *(number(over_seeds(mine, key)) for key in keys)))
-    return table("What the reward models learned", ("reward model", *titles), lines)
+    known, lines = [part for part in LEARNED if any(r[part[0]] for r in records)], []
+    for name, mine in by_model(records).items():
+        cells = {key: number(over_seeds(mine, key)) for key, _ in known}
+        if "human_agreement" in cells:
+            mean, half = agreement(mine)
+            cells["human_agreement"] = f"{number(mean, '{:.3f}')} ± {number(half, '{:.3f}')}"
+        lines.append(((name, COLORS[name]), *cells.values()))
+    return table("What the reward models learned",
+                 ("reward model", *(title for _, title in known)), lines)
+
+
+def by_model(records):
+    """{reward model: its records, one a seed}, in the table's order."""
+    names = dict.fromkeys(r["reward_model"] for r in records)
+    return {name: [r for r in records if r["reward_model"] == name] for name in names}
+
+
+def agreement(records):
+    """(mean, 95% half-width) of how often a reward model agrees with people on held-out pairs."""
+    return (over_seeds(records, "human_agreement"),
+            interval(records, "human_agreement", "human_ci95"))
 
 
 # ---- the browser of samples ----------------------------------------------------------------------

@@ -14,6 +14,7 @@ import torch
 
 from model import InputError, bpe_tokenizer, encode_pair, sample_responses, word_tokenizer
 from toy_envs.checkpoints import load_tokenizer
+from toy_envs.figures import counted
 from toy_envs.files import read_examples, read_prompts, read_texts
 from toy_envs.text_tasks import MAX_WORDS, TextTask
 
@@ -156,13 +157,13 @@ def file_world(s, seed):
         test_prompts=test_prompts, test_demos=[[answers[x]] for x in test_prompts], golden=golden,
         preferences=pairs[0], human_pairs=pairs[1], judge_pairs=pairs[2],
         notes=[note for count, note in (
-            (left_out, f"{left_out} records with an empty turn, or whose two answers are to "
-                       "different prompts, left out"),
-            (n_cut, f"{n_cut} prompts longer than {s.max_prompt} tokens keep only their end"),
+            (left_out, f"{counted(left_out, 'records')} left out: an empty turn, or two answers to "
+                       "different prompts"),
+            (n_cut, f"{counted(n_cut, 'prompts')} longer than {s.max_prompt} tokens cut to the end"),
             (n_long, f"{n_long} of {len(demos)} demonstrations cut to {s.max_response} tokens: "
                      "they have no end"),
-            (len(learn) - len(demos), f"{len(learn) - len(demos)} demonstrations left out: cut, a "
-                                      "held-out prompt"),
+            (len(learn) - len(demos), f"{counted(len(learn) - len(demos), 'demonstrations')} left "
+                                      "out: cut, a held-out prompt"),
             (len(judge), f"{n_judged} prompts with {len(judge)} pairs are the judge's, no "
                          "learner's"),
             (not (s.corpus or s.init), "no --corpus: pi_0 is pretrained on the demonstrations"),
