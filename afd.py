@@ -434,9 +434,9 @@ def main(argv=None):
     if s.init:
         s.n_embd = load_init(s.init, world).config.n_embd       # schedules() goes by it
     command = " ".join(["python afd.py", *(sys.argv[1:] if argv is None else argv)])
-    head = provenance(command, s, device, (world.corpus, world.demos + world.judge_pairs,
-                                           world.train_prompts, world.test_prompts,
-                                           world.test_demos))
+    head = provenance(command, s, device, (
+        world.corpus, world.demos, world.preferences, world.human_pairs, world.judge_pairs,
+        world.train_prompts, world.test_prompts, world.test_demos))
     with claimed(out, "config.json", head, s.overwrite, s.resume) as head:
         if not any(out.glob("seed*/stages")):       # nothing to go on with
             for stale in ("results.json", "metrics.jsonl", "report.html", *FIGURES):

@@ -18,8 +18,9 @@ from safetensors.torch import load_file, save_file
 
 import afd
 import train
-from model import GPT, GPTConfig, InputError, write_json
+from model import GPT, GPTConfig, InputError, bpe_tokenizer, write_json
 from toy_envs import runs
+from toy_envs.checkpoints import save_pretrained
 from toy_envs.runs import claimed, keep, kept, provenance, run_script
 from train import Schedule, fit, nll_loss
 
@@ -319,8 +320,8 @@ def test_a_folder_with_a_run_is_refused_resumed_or_overwritten(tmp_path):
     other = {**HEAD, "command": "other", "config": {**HEAD["config"], "n_demos": 7, "out": "x"}}
     with pytest.raises(InputError, match="another n_demos: it was 4000, now 7"):
         claim(other, resume=True)
-    for name, value in (("device", "cuda"), ("data", 5), ("processes", 2)):
-        with pytest.raises(InputError, match=f"another {name}"):
+    for name, value in (("device", "cuda"), ("processes", 2), ("contents", {"data": 5})):
+        with pytest.raises(InputError, match=f"another {'data' if name == 'contents' else name}"):
             claim({**HEAD, name: value}, resume=True)
     assert claim({**HEAD, "command": "other"}, resume=True) == HEAD and stage.exists()
     claim(other, overwrite=True)
@@ -328,6 +329,45 @@ def test_a_folder_with_a_run_is_refused_resumed_or_overwritten(tmp_path):
     (tmp_path / "new" / "config.json").write_text("{")
     with pytest.raises(InputError, match="not a run's settings"):
         claim(resume=True)
+
+
+def test_other_contents_under_the_same_names_are_not_resumed(tmp_path, monkeypatch):
+    """Of --init (weights, tokenizer), of --gold, of the answers that people liked less: else half of
+    the numbers would be of what is no longer there."""
+    demos, gold, init = tmp_path / "d.jsonl", tmp_path / "g.py", tmp_path / "init"
+    demos.write_text("".join(json.dumps(
+        {"prompt": f"ask {i}", "chosen": f"yes {i}", "rejected": f"no {i}"}) + "\n"
+        for i in range(9)))
+    gold.write_text("def f(x, y): return 1.0")
+    tokenizer = bpe_tokenizer(["ask yes no"], 300)
+    save_pretrained(init, GPT(GPTConfig(len(tokenizer), 64, 16, 1, 2)), tokenizer)
+    argv = ["--demos", str(demos), "--gold", f"{gold}:f", "--init", str(init), "--max-prompt", "9",
+            "--max-response", "9", "--device", "cpu", "--resume", "--out", str(tmp_path / "afd")]
+    stage = ["sft", "--demos", str(demos), "--init", str(init), "--max-response", "9", "--resume",
+             "--device", "cpu", "--out", str(tmp_path / "sft")]
+    monkeypatch.setattr(afd, "run_seeds", lambda *_: None)
+    monkeypatch.setattr(train, "fine_tune", lambda model, *_: (model, [{"loss": 0.0}]))
+
+    def resumed(main, argv, changed=None):
+        if changed is None:
+            return main(argv)
+        with pytest.raises(InputError, match=f"another {changed}: it was") as error:
+            main(argv)
+        assert "\n" not in str(error.value)
+    for main, flags in ((afd.main, argv), (train.main, stage)):
+        resumed(main, flags)
+        resumed(main, flags)
+    for path, old, new, what in ((gold, b"1.0", b"2.0", "content of --gold"),
+                                 (demos, b"no 3", b"no 7", "data"),
+                                 (init / "tokenizer.json", b"}", b"} ", "content of --init"),
+                                 (init / "model.safetensors", b"\0", b"\1", "content of --init")):
+        before = path.read_bytes()
+        path.write_bytes(before[::-1].replace(old[::-1], new[::-1], 1)[::-1])   # the last one
+        resumed(afd.main, argv, what)
+        if path.parent == init:
+            resumed(train.main, stage, what)
+        path.write_bytes(before)
+        resumed(afd.main, argv)
 
 
 def test_two_runs_on_one_folder(tmp_path):

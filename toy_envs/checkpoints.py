@@ -11,6 +11,7 @@ name. A reward model's folder holds its trunk as such a checkpoint and its head 
 
 import importlib.util
 import json
+import zlib
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -26,6 +27,8 @@ from reward import RewardModel
 COMPUTED = {"model_type": ("gpt2",), "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
             "scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,),
             "add_cross_attention": (False,), "tie_word_embeddings": (True,)}
+# What is read beside the weights, where it is there.
+TEXTS = ("config.json", "generation_config.json", "tokenizer.json", "vocab.json", "merges.txt")
 
 
 def save_pretrained(folder, model, tokenizer, **extra):
@@ -83,9 +86,7 @@ def loading(name):
         if not folder.is_dir():
             from huggingface_hub import snapshot_download      # tokenizers brings it along
             for weights in weight_files():      # the second only where the first is not to be had
-                folder = Path(snapshot_download(name, allow_patterns=[
-                    "config.json", "generation_config.json", "tokenizer.json", "vocab.json",
-                    "merges.txt", weights]))
+                folder = Path(snapshot_download(name, allow_patterns=[*TEXTS, weights]))
                 if (folder / weights).is_file():
                     break
         yield folder
@@ -101,6 +102,19 @@ def first_of(folder, *names):
         if (folder / name).is_file():
             return folder / name
     raise ValueError(f"{' or '.join(names)} is missing")
+
+
+def checksum(name):
+    """A number that tells apart what load_pretrained(name) reads: a name may come to hold other
+    weights. Raises InputError."""
+    found = 0
+    with loading(name) as folder:
+        texts = [folder / text for text in TEXTS if (folder / text).is_file()]
+        for path in (*texts, first_of(folder, *weight_files())):
+            with open(path, "rb") as file:
+                while block := file.read(2 ** 24):
+                    found = zlib.crc32(block, found)
+    return found
 
 
 def load_tokenizer(name):

@@ -26,6 +26,7 @@ import torch
 
 from model import InputError, write_aside, write_json
 from toy_envs.batches import from_first, rank_and_count
+from toy_envs.checkpoints import checksum
 
 try:
     import fcntl
@@ -133,13 +134,19 @@ def side_by_side(function, jobs, device):
 # ---- the folder ---------------------------------------------------------------------------------
 
 def provenance(command, s, device, data):
-    """What defines a run, as its folder records it: settings, versions, device, a checksum of data.
+    """What defines a run, as its folder records it: settings, versions, device, and checksums of
+    the data and of what the files that --init and --gold name hold. Raises InputError.
     """
+    contents, gold = {"data": zlib.crc32(repr(data).encode())}, getattr(s, "gold", None)
+    if s.init:
+        contents["content of --init"] = checksum(s.init)
+    if gold not in (None, "pairs"):     # FILE.py:FUNCTION
+        contents["content of --gold"] = zlib.crc32(Path(gold.rpartition(":")[0]).read_bytes())
     return {"command": command, "config": dataclasses.asdict(s),
             "versions": {"python": platform.python_version(), "torch": torch.__version__,
                          "numpy": np.__version__, "tokenizers": tokenizers.__version__},
             "device": str(device), "processes": rank_and_count()[1],
-            "data": zlib.crc32(repr(data).encode())}
+            "contents": contents}
 
 
 def make_folder(out):
@@ -190,8 +197,8 @@ def same_run(file, head):
     head = json.loads(json.dumps(head))
     try:
         before = json.loads(file.read_text(encoding="utf-8"))
-        now, then = ({**h["versions"], **h["config"], **{name: h[name] for name in (
-            "device", "processes", "data")}} for h in (head, before))
+        now, then = ({**h["versions"], **h["config"], "device": h["device"],
+                      "processes": h["processes"], **h["contents"]} for h in (head, before))
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{file}: not a run's settings, cannot be resumed") from error
     for name, value in now.items():
