@@ -14,8 +14,9 @@ import torch
 
 import afd
 import train
+from divergences import get_divergence
 from model import GPT, GPTConfig, InputError, collate
-from reward import LogRatio, RewardModel
+from reward import Adversary, LogRatio, RewardModel
 from toy_envs.batches import Forward, Objective, item_length, micro_batches
 from train import Schedule, discriminator_step, fit, nll_loss, preference_step, targets
 
@@ -139,6 +140,24 @@ def test_policy_optimisation_by_micro_batches(ppo_clip):
         assert again[1] == pytest.approx(said, rel=1e-6, abs=1e-9)
         torch.testing.assert_close(again[0], weights, rtol=1e-5, atol=1e-6)
     assert (weights - sft.wte.weight).abs().max() > 0.01
+
+
+def test_the_adversary_by_micro_batches():
+    """Its steps are those of the whole batch, smoothing included: demonstrations and samples must
+    not part ways when the batch is cut."""
+    items = make_items(40, 2)[:-1]
+    demos, own = [a for a, _ in items], [b for _, b in items[:16]]
+
+    def run(tokens):
+        adversary = Adversary(RewardModel(tiny()).double(), demos, get_divergence("reverse_kl"),
+                              random.Random(0), smoothing=0.2, lr=1e-2, micro_tokens=tokens)
+        for _ in range(4):
+            adversary.learn(list(own), None)
+        return torch.cat([p.detach().flatten() for p in adversary.judge.parameters()])
+    whole = run(0)
+    assert torch.equal(run(10 ** 6), whole)
+    for tokens in (1, 60):
+        torch.testing.assert_close(run(tokens), whole, rtol=1e-4, atol=1e-6)
 
 
 def test_items_without_a_target_are_left_out():

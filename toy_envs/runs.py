@@ -210,6 +210,9 @@ def same_run(file, head):
 
 # ---- what is remembered -------------------------------------------------------------------------
 
+SNAPSHOT_SECONDS = 20.0     # how much of a training loop's work a kill may cost
+
+
 def previous(path):
     return path.with_name(path.name + ".prev")
 
@@ -244,6 +247,42 @@ def kept(path, of, device="cpu"):
             pass
         print(f"{file}: torn or of another run, not used", file=sys.stderr)
     return None
+
+
+class Snapshot:
+    """Where a training loop keeps its state now and then, so that it can go on bit for bit.
+
+    path: the file; None: nothing is kept. of: what the loop was called with, to know its file by.
+    parts: models, optimizers, random.Random, torch.Generator or whatever else has a state_dict.
+    """
+
+    def __init__(self, path, of, **parts):
+        self.path, self.parts, self.saved = path, parts, time.monotonic()
+        self.of = path and str(zlib.crc32(repr(of).encode()))
+
+    def restore(self, device):
+        """The data that was kept, each part being set to what it was then; {} if there is none."""
+        state = self.path and kept(self.path, self.of, device) or {}
+        for name, part in self.parts.items() if state else ():
+            was = state.pop(name)
+            if isinstance(part, random.Random):
+                part.setstate(was)
+            elif isinstance(part, torch.Generator):
+                part.set_state(was.cpu())       # it is not kept where it generates
+            else:
+                part.load_state_dict(was)
+        return state
+
+    def keep(self, **data):
+        """Keep data and the parts' states, if the last time is SNAPSHOT_SECONDS ago."""
+        if not self.path or time.monotonic() - self.saved <= SNAPSHOT_SECONDS:
+            return
+        for name, part in self.parts.items():
+            get = (getattr(part, "getstate", None) or getattr(part, "get_state", None)
+                   or part.state_dict)
+            data[name] = get()
+        keep(self.path, data, self.of)
+        self.saved = time.monotonic()
 
 
 class Run:
