@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -230,6 +231,27 @@ with processes(torch.device("cpu")):
 sys.stdout.flush()
 os._exit(0)     # torch's threads have once in ten runs aborted Python's own way out
 """
+
+
+def test_a_refused_folder_is_said_by_the_first_process_alone(tmp_path):
+    """Two processes on one folder that another run holds: one line in all, status 2 for both, and
+    nobody waits for the other."""
+    (tmp_path / "c.txt").write_text("one\n\ntwo")
+    (tmp_path / "o").mkdir()
+    (tmp_path / "o" / "train.json").write_text("{}")
+    argv = ["pretrain", "--corpus", "c.txt", "--out", "o", "--device", "cpu"]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    children = [subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *argv], cwd=tmp_path, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True, env={
+            **os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": port,
+            "WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": rank}) for rank in "01"]
+    said = [child.communicate(timeout=60) for child in children]
+    assert [child.returncode for child in children] == [2, 2], said
+    assert said[0][1].startswith("error: o holds another run") and said[0][1].count("\n") == 1
+    assert said[0][0] == "" and said[1] == ("", "")
 
 
 def test_two_processes_give_what_one_gives(tmp_path):

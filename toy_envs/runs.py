@@ -17,7 +17,7 @@ import time
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -168,28 +168,40 @@ def claimed(out, name, head, overwrite=False, resume=False):
     must have had the same settings. overwrite: forget what another run remembered.
     Raises InputError where the folder cannot be written, is in use, or holds another run.
     """
-    out, file = Path(out), Path(out) / name
     if rank_and_count()[0]:     # of several processes the first one sees to it
-        yield from_first(None)
+        head = from_first(None)
+        if head is None:
+            sys.exit(2)         # and has said why
+        yield head
         return
-    with open(make_folder(out) / ".lock", "a") as lock:
+    with ExitStack() as held:
         try:
-            if fcntl:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)    # let go of when lock is closed
-        except BlockingIOError:
-            raise InputError(f"{out}: another run is writing to it now") from None
-        if resume and not file.exists():
-            print(f"nothing to resume in {out}: a new run")
-        if resume and file.exists():
-            head = same_run(file, head)
-        elif not overwrite and (file.exists() or (out / "config.json").exists()):
-            raise InputError(f"{out} holds another run: choose another --out, --resume it or "
-                             "--overwrite it")
-        else:
-            for stale in (*out.glob("stages"), *out.glob("seed*/stages")):
-                shutil.rmtree(stale)
-            write_json(file, head)
+            head = claim(Path(out), name, head, overwrite, resume, held)
+        except (InputError, OSError):
+            from_first(None)
+            raise
         yield from_first(head)
+
+
+def claim(out, name, head, overwrite, resume, held):
+    """What claimed() yields; the folder's lock is let go of with `held`, an ExitStack."""
+    file, lock = out / name, held.enter_context(open(make_folder(out) / ".lock", "a"))
+    try:
+        if fcntl:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"{out}: another run is writing to it now") from None
+    if resume and file.exists():
+        return same_run(file, head)
+    if resume:
+        print(f"nothing to resume in {out}: a new run")
+    elif not overwrite and (file.exists() or (out / "config.json").exists()):
+        raise InputError(f"{out} holds another run: choose another --out, --resume it or "
+                         "--overwrite it")
+    for stale in (*out.glob("stages"), *out.glob("seed*/stages")):
+        shutil.rmtree(stale)
+    write_json(file, head)
+    return head
 
 
 def same_run(file, head):
