@@ -448,6 +448,15 @@ def test_what_cannot_be_written_is_one_line(tmp_path, capsys):
     assert said(stop, capsys) == (130, "stopped\n")
 
 
+def test_a_reader_that_leaves_ends_it_quietly():
+    """As `| head -1`: what is said to nobody is noticed at the end, when the buffer is written."""
+    code = "from toy_envs.runs import run_script; run_script(lambda: print('x'))"
+    child = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE,
+                             stderr=subprocess.PIPE)
+    child.stdout.close()
+    assert (child.stderr.read(), child.wait()) == (b"", 141)
+
+
 def limited(size):
     """Files of this process may not grow beyond size bytes: to a writer, the disk is full."""
     hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]

@@ -74,12 +74,17 @@ def parse_settings(Settings, argv=None):
 
 def run_script(main):
     """Call main(). Bad input and what cannot be written are one line and exit status 2; Ctrl-C is
-    130."""
+    130; a reader of the output that leaves, as `| head -1` does, is no word and 141, as in a shell.
+    """
     try:
         main()
+        print(end="", flush=True)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes on its way
+        sys.exit(141)
     except OSError as error:
         print(f"error: {error.filename or 'output'}: {error.strerror or error}", file=sys.stderr)
         sys.exit(2)
