@@ -374,6 +374,25 @@ def test_a_folder_with_a_run_is_refused_resumed_or_overwritten(tmp_path):
         claim(resume=True)
 
 
+def test_overwriting_leaves_no_seed_of_the_other_run(tmp_path):
+    """A checkpoint that nobody trained in this run would pass for one of it. What no run made
+    stays, and what --init reads is not deleted under it, but refused."""
+    out = tmp_path / "seed7"
+    for name in ("seed0/stages", "seed0/sft", "seed12/stages", "seed1", "seeds/stages", "mine"):
+        (out / name).mkdir(parents=True)
+    write_json(out / "config.json", HEAD)
+
+    def claim(init=None):
+        head = {**HEAD, "config": {**HEAD["config"], "init": init}}
+        with claimed(out, "config.json", head, overwrite=True):
+            return sorted(path.name for path in out.iterdir() if path.is_dir())
+    with pytest.raises(InputError, match="would delete --init"):
+        claim(str(out / "mine" / ".." / "seed0" / "sft"))
+    assert (out / "seed0" / "stages").is_dir() and (out / "seed12").is_dir()
+    (out / "stages").mkdir()
+    assert claim(str(out)) == claim() == ["mine", "seed1", "seeds"]
+
+
 def test_other_contents_under_the_same_names_are_not_resumed(tmp_path, monkeypatch):
     """Of --init (weights, tokenizer), of --gold, of the answers that people liked less: else half
     of the numbers would be of what is no longer there."""

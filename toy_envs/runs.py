@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import random
+import re
 import shutil
 import sys
 import time
@@ -170,7 +171,7 @@ def claimed(out, name, head, overwrite=False, resume=False):
     """The folder `out`, this run's alone while the block lasts; yields what its file `name` says.
 
     That is head, from provenance(). resume: go on with the run whose file is there, if any, which
-    must have had the same settings. overwrite: forget what another run remembered.
+    must have had the same settings. overwrite: forget what another run remembered, and its seeds.
     Raises InputError where the folder cannot be written, is in use, or holds another run.
     """
     if rank_and_count()[0]:     # of several processes the first one sees to it
@@ -200,11 +201,18 @@ def claim(out, name, head, overwrite, resume, held):
         return same_run(file, head)
     if resume:
         print(f"nothing to resume in {out}: a new run")
-    elif not overwrite and (file.exists() or (out / "config.json").exists()):
+    if not overwrite and (file.exists() or (out / "config.json").exists()):
         raise InputError(f"{out} holds another run: choose another --out, --resume it or "
                          "--overwrite it")
-    for stale in (*out.glob("stages"), *out.glob("seed*/stages")):
-        shutil.rmtree(stale)
+    stale = [*out.glob("stages"), *out.glob("seed*/stages")]
+    if overwrite:       # its seeds too, with their checkpoints
+        stale += [path.parent for path in stale if re.fullmatch(r"seed\d+", path.parent.name)
+                  and path.parent != out]
+    init = head["config"]["init"]
+    if init and any(Path(init).resolve().is_relative_to(path.resolve()) for path in stale):
+        raise InputError(f"--overwrite would delete --init {init}: choose another --out")
+    for path in stale:
+        shutil.rmtree(path)
     write_json(file, head)
     return head
 
