@@ -161,6 +161,14 @@ def test_the_adversary_by_micro_batches():
         torch.testing.assert_close(run(tokens), whole, rtol=1e-4, atol=1e-6)
 
 
+def test_the_held_out_loss_is_a_mean_over_tokens():
+    """As the training loss is: weighted by items, short answers would choose the weights."""
+    items, model = make_items(23, 1)[:-1], tiny()
+    for batch_size, tokens in ((5, 0), (5, 30), (40, 0)):
+        objective = Objective(model, nll_loss, targets, Schedule(micro_tokens=tokens))
+        assert objective.mean(items, batch_size) == pytest.approx(nll_loss(model, items).item())
+
+
 def test_items_without_a_target_are_left_out():
     """A batch of nothing but such items would have no loss: nan."""
     nothing = make_items(0, 1)
