@@ -51,7 +51,7 @@ class RewardModel(nn.Module):
         super().__init__()
         self.trunk, self.head = copy.deepcopy(policy), head
         D = policy.config.n_embd
-        self.score = nn.Linear(D, D if head == "sum" else 1)
+        self.score = nn.Linear(D, D if head == "sum" else 1, device=policy.wte.weight.device)
         nn.init.zeros_(self.score.weight)
         nn.init.zeros_(self.score.bias)
 
