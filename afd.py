@@ -234,9 +234,9 @@ def best_of_n(s, run, rewards, truth):
     pairs, rng = truth.candidates.pairs, run.rng("random")
     values = run.stage(
         "best-of-N", f"5 best-of-N: {len(pairs):,} candidates scored", lambda: side_by_side(
-            lambda name: torch.from_numpy(score(rewards[name][0], pairs, run.device)),
+            lambda name: score(rewards[name][0], pairs, run.device).tolist(),
             list(rewards), run.device))
-    scores = {name: mine.cpu().numpy() for name, mine in zip(rewards, values)}
+    scores = {name: np.array(mine) for name, mine in zip(rewards, values)}
     scores["length"] = truth.candidates.lengths
     scores["random"] = np.array([rng.random() for _ in pairs])
     if truth.candidates.gold is not None:

@@ -1,7 +1,8 @@
 """A run's bookkeeping: its flags, its folder, what it remembers of finished stages.
 
 A run may be killed at any moment: whatever it keeps is written aside and renamed, and it draws its
-randomness by stage, so that --resume goes on to the results of an uninterrupted run, bit for bit.
+randomness by stage, so that --resume goes on to the results of an uninterrupted run: bit for bit
+on a CPU, where a sum is always taken in the same order, which not all of a GPU's kernels promise.
 """
 
 import argparse
