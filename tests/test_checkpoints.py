@@ -501,7 +501,7 @@ def test_the_end_of_a_text_is_the_checkpoint_s_own(tmp_path):
     end = backend.token_to_id("<end>")
     save_pretrained(tmp_path / "a", ours((1, 1, 8, 320, 16)), BPE)
     backend.save(str(tmp_path / "a" / "tokenizer.json"))
-    for ids in (end, [5, end]):         # 5 is no special token, hence no end
+    for ids in (end, [5, end]):         # 5 is a word
         edit(tmp_path / "a" / "generation_config.json", eos_token_id=ids)
         model, tokenizer, _ = load_pretrained(tmp_path / "a")
         assert tokenizer.eos == end and tokenizer.decode(tokenizer.encode("cat") + [end]) == "cat"

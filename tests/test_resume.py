@@ -471,7 +471,7 @@ def test_a_reader_that_leaves_ends_it_quietly():
     """As `| head -1`: what is said to nobody is noticed at the end, when the buffer is written."""
     code = "from toy_envs.runs import run_script; run_script(lambda: print('x'))"
     child = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE,
-                             stderr=subprocess.PIPE)
+                             stderr=subprocess.PIPE, env={**os.environ, "PYTHONUNBUFFERED": ""})
     child.stdout.close()
     assert (child.stderr.read(), child.wait()) == (b"", 141)
 

@@ -145,14 +145,15 @@ def load_tokenizer(name):
 
 
 def end_token(folder, backend):
-    """The token that ends a text: that of eos_token_id, if it is a special one, or else EOS."""
-    special = {i: t.content for i, t in backend.get_added_tokens_decoder().items() if t.special}
+    """The token that ends a text: that of eos_token_id, if it is one added to the vocabulary's
+    words, or else EOS."""
+    added = backend.get_added_tokens_decoder()
     for name in ("generation_config.json", "config.json"):
         if (folder / name).is_file():
             ids = json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token_id")
             for i in ids if isinstance(ids, list) else [ids]:
-                if i in special:
-                    return special[i]
+                if i in added:
+                    return added[i].content
     return EOS
 
 
