@@ -70,8 +70,8 @@ class Settings:
     device: str = setting("auto", "auto, cpu, cuda or mps")
     micro_tokens: int = setting(0, "tokens that go through the model at a time in training, with "
                                    "padding; a step's gradients add up to the same (0: all)")
-    bf16: bool = setting(False, "train in bfloat16 autocast, policy gradients apart; CUDA only")
-    compile: bool = setting(False, "compile the transformer in training, likewise; CUDA only")
+    bf16: bool = setting(False, "train in bfloat16 autocast; CUDA only")
+    compile: bool = setting(False, "compile the transformer while it is trained; CUDA only")
     init: str = setting(None, "pi_0, with --demos its tokenizer too: a checkpoint folder or a name "
                               "on the Hugging Face hub, such as gpt2, instead of pretraining")
     demos: str = setting(None, "JSON lines (or .gz) with prompt and response, or chosen and "
@@ -164,8 +164,7 @@ def fine_tune(world, s, run, init):
     parts = train.split([world.pair(x, y) for x, y in world.demos], 0.05, rng)
     sft, history = run.trained(
         "sft", f"2 pi_SFT: forward KL to {counted(len(world.demos), 'demonstrations')}", init,
-        lambda: train.fine_tune(init, *parts, schedules(s)["sft"], rng, "sft",
-                                run.snapshot("sft")))
+        lambda: train.fine_tune(init, *parts, schedules(s)["sft"], rng, "sft", run.snapshot("sft")))
     run.log("sft", history)
     return sft
 
@@ -235,9 +234,9 @@ def best_of_n(s, run, rewards, truth):
     pairs, n, rng = truth.candidates.pairs, s.n_candidates, run.rng("random")
     values = run.stage(
         "best-of-N", f"5 best-of-N: {len(pairs):,} candidates scored", lambda: side_by_side(
-            lambda name: torch.from_numpy(score(rewards[name][0], pairs, run.device, n=n)),
+            lambda name: score(rewards[name][0], pairs, run.device, n=n).tolist(),
             list(rewards), run.device))
-    scores = {name: mine.cpu().numpy() for name, mine in zip(rewards, values)}
+    scores = {name: np.array(mine) for name, mine in zip(rewards, values)}
     scores["length"] = truth.candidates.lengths
     scores["random"] = np.array([rng.random() for _ in pairs])
     if truth.candidates.gold is not None:
@@ -266,7 +265,8 @@ def optimise_policy(world, s, run, sft, truth, reward, plan, beta, label):
     policy, history = run.trained(
         label, f"6 {label}: {counted(s.policy_steps, 'policy-gradient steps')}", sft,
         lambda: train.optimise_policy(sft, reward, draw, s.policy_steps, plan, beta, s.group,
-                                      s.ppo_clip, s.dense, label, truth.watch),
+                                      s.ppo_clip, s.dense, label, truth.watch,
+                                      run.snapshot(label), {"rng": rng, "generator": generator}),
         getattr(reward, "judge", None))
     if isinstance(reward, ExactAdversary):
         reward.policy = policy          # also if the stage was finished before
@@ -318,7 +318,7 @@ def run_methods(world, s, run, init, sft, rewards, labelled, truth):
             if method == "adversarial":
                 adversary = Adversary(RewardModel(init, s.head), demos, divergence,
                                       run.rng(f"judge {name}"), s.label_smoothing, s.reward_clip,
-                                      s.keep_old, plan["reward"].lr)
+                                      s.keep_old, plan["reward"].lr, s.micro_tokens)
             elif world.demo_logp:
                 adversary = ExactAdversary(world.density, divergence, s.reward_clip)
             else:
@@ -434,9 +434,9 @@ def main(argv=None):
     if s.init:
         s.n_embd = load_init(s.init, world).config.n_embd       # schedules() goes by it
     command = " ".join(["python afd.py", *(sys.argv[1:] if argv is None else argv)])
-    head = provenance(command, s, device, (world.corpus, world.demos + world.judge_pairs,
-                                           world.train_prompts, world.test_prompts,
-                                           world.test_demos))
+    head = provenance(command, s, device, (
+        world.corpus, world.demos, world.preferences, world.human_pairs, world.judge_pairs,
+        world.train_prompts, world.test_prompts, world.test_demos))
     with claimed(out, "config.json", head, s.overwrite, s.resume) as head:
         if not any(out.glob("seed*/stages")):       # nothing to go on with
             for stale in ("results.json", "metrics.jsonl", "report.html", *FIGURES):

@@ -218,7 +218,7 @@ def sample_responses(model, prompts, n, max_new_tokens, eos, generator, rows=102
 
 
 class KVCache:
-    """Keys and values of one layer, preallocated: (2, B, H, slots, D/H), the first `used` filled."""
+    """One layer's keys and values, preallocated: (2, B, H, slots, D/H), the first `used` filled."""
 
     def __init__(self, slots):
         self.slots, self.used, self.kv = slots, 0, None
@@ -336,13 +336,13 @@ PAD, EOS, UNK = "<|pad|>", "<|endoftext|>", "<|unk|>"
 class Tokenizer:
     """A `tokenizers.Tokenizer` with the ids a policy needs: eos, and pad and unk if it has them."""
 
-    def __init__(self, backend):
+    def __init__(self, backend, eos=EOS):
         self.backend = backend
         backend.encode_special_tokens = True    # "<|endoftext|>" in people's text is only text
-        self.eos, self.pad, self.unk = (backend.token_to_id(t) for t in (EOS, PAD, UNK))
+        self.eos, self.pad, self.unk = (backend.token_to_id(t) for t in (eos, PAD, UNK))
         if self.eos is None:
-            raise InputError(f"the tokenizer has no {EOS} token")
-        backend.add_special_tokens([EOS])       # decoding leaves it out
+            raise InputError(f"the tokenizer has no {eos} token")
+        backend.add_special_tokens([eos])       # decoding leaves it out
         backend.no_padding()
         backend.no_truncation()
 

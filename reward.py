@@ -29,6 +29,7 @@ import torch.nn.functional as F
 
 from divergences import discriminator_loss
 from model import GPT, collate, logp_seq, logp_writable, states
+from toy_envs.batches import micro_batches
 
 HEADS = ("sum", "last")
 REWARD_MODELS = ("init-sft", "init-demo", "sft-demo", "preference", "log-ratio", "floored")
@@ -50,7 +51,7 @@ class RewardModel(nn.Module):
         super().__init__()
         self.trunk, self.head = copy.deepcopy(policy), head
         D = policy.config.n_embd
-        self.score = nn.Linear(D, D if head == "sum" else 1)
+        self.score = nn.Linear(D, D if head == "sum" else 1, device=policy.wte.weight.device)
         nn.init.zeros_(self.score.weight)
         nn.init.zeros_(self.score.bias)
 
@@ -148,6 +149,7 @@ class Adversary:
     whose policy gradient, h held constant, is that of -D_f(beta || pi): see divergences.py.
 
     judge            the discriminator, a RewardModel
+    micro_tokens     tokens that go through it at a time, padding included; 0: all
     smoothing        one-sided label smoothing: a demonstration's label is 1 - smoothing, which
                      bounds h* above by log(1/smoothing - 1)
     clip             largest absolute reward: e^h of one sample must not be the whole gradient
@@ -156,7 +158,8 @@ class Adversary:
     """
 
     def __init__(self, judge, demos, divergence, rng, smoothing=0.0, clip=10.0, keep_old=True,
-                 lr=3e-3):
+                 lr=3e-3, micro_tokens=0):
+        self.micro_tokens = micro_tokens
         self.judge, self.demos, self.divergence, self.rng = judge, demos, divergence, rng
         self.smoothing, self.clip, self.keep_old, self.old = smoothing, clip, keep_old, []
         self.optimizer = torch.optim.AdamW(judge.parameters(), lr=lr, betas=(0.9, 0.99),
@@ -168,12 +171,25 @@ class Adversary:
         if self.keep_old:
             self.old += own
             negatives = own[::2] + self.rng.choices(self.old, k=len(own) - len(own[::2]))
-        h = self.judge(collate(demos + negatives, next(self.judge.parameters()).device))
-        h_demo, h_policy = h[:len(demos)], h[len(demos):]
-        loss = discriminator_loss(h_demo, h_policy) + self.smoothing * h_demo.mean()
         self.optimizer.zero_grad()
-        loss.backward()
+        for part in micro_batches(list(zip(demos, negatives)), self.micro_tokens):
+            h = self.judge(collate([pair for side in zip(*part) for pair in side],
+                                   next(self.judge.parameters()).device))
+            h_demo, h_policy = h[:len(part)], h[len(part):]
+            loss = discriminator_loss(h_demo, h_policy) + self.smoothing * h_demo.mean()
+            (loss * (len(part) / len(own))).backward()
         self.optimizer.step()
+
+    def state_dict(self):
+        """What it goes on from, for a snapshot."""
+        return {"judge": self.judge.state_dict(), "optimizer": self.optimizer.state_dict(),
+                "old": self.old, "rng": self.rng.getstate()}
+
+    def load_state_dict(self, state):
+        self.judge.load_state_dict(state["judge"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.old = state["old"]
+        self.rng.setstate(state["rng"])
 
     def token_rewards(self, batch):
         """r(h), given at the end, since it is no sum over tokens: (B, T)."""
@@ -195,6 +211,12 @@ class ExactAdversary(Adversary):
 
     def learn(self, own, policy):
         self.policy = policy        # the one that wrote `own`; its weights move, h moves along
+
+    def state_dict(self):
+        return {}       # the policy is the loop's
+
+    def load_state_dict(self, state):
+        pass
 
     def judge(self, batch):
         return self.density(batch) - logp_seq(self.policy, batch)
@@ -307,7 +329,8 @@ def student_t(df):
     x = np.linspace(0, 200, 2_000_001)
     log_density = -(df + 1) / 2 * np.log1p(x ** 2 / df)
     constant = math.lgamma((df + 1) / 2) - math.lgamma(df / 2) - math.log(df * math.pi) / 2
-    cumulative = 0.5 + np.cumsum(np.exp(log_density + constant)) * (x[1] - x[0])
+    density = np.exp(log_density + constant)
+    cumulative = 0.5 + (np.cumsum(density) - (density[0] + density) / 2) * (x[1] - x[0])
     return float(x[np.searchsorted(cumulative, 0.975)])
 
 

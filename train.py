@@ -18,8 +18,6 @@ import math
 import random
 import shutil
 import sys
-import time
-import zlib
 from dataclasses import dataclass, fields, make_dataclass
 from pathlib import Path
 
@@ -28,16 +26,14 @@ from tqdm import tqdm
 
 from divergences import discriminator_loss, policy_gradient_loss
 from model import (GPT, GPTConfig, InputError, bpe_tokenizer, collate, encode_documents,
-                   encode_pair, logp_at, logp_token, sample_responses, write_aside, write_json)
+                   logp_at, logp_token, sample_responses, write_aside, write_json)
 from reward import HEADS, RewardModel, at_the_end, bradley_terry_loss, implicit_reward
-from toy_envs.batches import (Objective, from_all, length_batches, micro_batches, processes,
-                              rank_and_count)
+from toy_envs.batches import (Forward, Objective, from_all, length_batches, micro_batches,
+                              processes, rank_and_count)
 from toy_envs.checkpoints import load_pretrained, save_pretrained, save_reward
-from toy_envs.files import describe, read_examples, read_prompts, read_texts
-from toy_envs.runs import (choose_device, claimed, keep, kept, parse_settings, provenance,
-                           run_script, setting)
-
-SNAPSHOT_SECONDS = 20.0     # how much of a training loop's work a kill may cost
+from toy_envs.files import describe, read_pairs, read_prompts, read_texts
+from toy_envs.runs import (Snapshot, choose_device, claimed, parse_settings, provenance, run_script,
+                           setting)
 
 
 # ---- the loop -----------------------------------------------------------------------------------
@@ -82,12 +78,14 @@ def fit(model, items, loss_fn, schedule, rng, label="fit", held_out=(), snapshot
         raise InputError(f"{label}: no data to train on")
     objective = Objective(model, loss_fn, weigh, schedule)
     optimizer = make_optimizer(model, schedule)
-    of = snapshot and str(zlib.crc32(repr((schedule, items, held_out, rng.getstate())).encode()))
-    state = restore(snapshot, of, model, optimizer) or {
-        "history": [], "best": math.inf, "best_model": None, "epoch": rng.getstate(), "left": None}
+    first = rank_and_count()[0] == 0
+    snapshots = Snapshot(snapshot, (schedule, items, held_out, rng.getstate()), model=model,
+                         optimizer=optimizer)
+    state = {"history": [], "best": math.inf, "best_model": None, "epoch": rng.getstate(),
+             "left": None, **snapshots.restore(device_of(model))}
     rng.setstate(state["epoch"])        # from before this epoch's batches were drawn
     queue = length_batches(items, schedule.batch_size, rng)[:state["left"]]
-    history, saved, first = state["history"], time.monotonic(), rank_and_count()[0] == 0
+    history = state["history"]
     steps = max(1, math.ceil(schedule.epochs * len(items) / schedule.batch_size))
     looks = {math.ceil(steps * (i + 1) / schedule.evaluations) - 1
              for i in range(schedule.evaluations)}
@@ -103,22 +101,11 @@ def fit(model, items, loss_fn, schedule, rng, label="fit", held_out=(), snapshot
             history[-1]["held_out"] = now = objective.mean(held_out, schedule.batch_size)
             if now < state["best"]:
                 state.update(best=now, best_model=copy.deepcopy(model.state_dict()))
-        if snapshot and first and time.monotonic() - saved > SNAPSHOT_SECONDS:
-            keep(snapshot, {**state, "left": len(queue), "model": model.state_dict(),
-                            "optimizer": optimizer.state_dict()}, of)
-            saved = time.monotonic()
+        if first:
+            snapshots.keep(**{**state, "left": len(queue)})
     if state["best_model"] is not None:
         model.load_state_dict(state["best_model"])
     return history
-
-
-def restore(snapshot, of, model, optimizer):
-    """The state that fit() kept, model and optimizer set to it; None if there is none."""
-    state = snapshot and kept(snapshot, of, device_of(model))
-    if state:
-        model.load_state_dict(state.pop("model"))
-        optimizer.load_state_dict(state.pop("optimizer"))
-    return state
 
 
 def make_optimizer(model, schedule):
@@ -220,50 +207,75 @@ def train_reward(policy, items, held_out, loss_fn, schedule, rng, head="sum", la
 
 
 def optimise_policy(sft, reward, draw, steps, schedule, beta, k, ppo_clip=0.0, dense=True,
-                    label="policy", watch=None):
+                    label="policy", watch=None, snapshot=None, draws_from=None):
     """max over pi of E_pi[r] - beta KL(pi || pi_SFT), starting at pi_SFT, by REINFORCE with a
     leave-one-out baseline. Returns the policy and its history: the samples' means in nats per
     sequence, and what watch(policy, pairs) says of them.
 
     draw(policy) gives pairs, the k samples of a prompt together; a reward that learns along has
     learn(pairs, policy). dense: a reward that is a sum over tokens is given where it is earned.
+    snapshot: as in fit(); draws_from: what draw draws from, {name: random.Random or
+    torch.Generator}, and a reward that learns are then part of it.
     """
-    def mean(parts):
-        return torch.cat([part.sum(1) for part in parts]).mean().item()
-    policy, history = copy.deepcopy(sft), []
+    policy = copy.deepcopy(sft)
+    forward = Forward(policy, logp_token, schedule.bf16, schedule.compile)
+    reference = Forward(sft, logp_token, schedule.bf16)     # as it is computed for the policy
     optimizer = torch.optim.AdamW(policy.parameters(), lr=schedule.lr, betas=(0.9, 0.95),
                                   weight_decay=schedule.weight_decay)
-    for step in tqdm(range(steps), desc=label, unit="step", disable=None, leave=False):
+    learner = {"reward": reward} if hasattr(reward, "learn") else {}
+    snapshots = Snapshot(snapshot, (schedule, steps, beta, k, ppo_clip, dense), model=policy,
+                         optimizer=optimizer, **learner, **(draws_from or {}))
+    history = snapshots.restore(device_of(policy)).get("history", [])
+    for step in tqdm(range(len(history), steps), label, steps, initial=len(history), unit="step",
+                     disable=None, leave=False):
         pairs = draw(policy)
-        if hasattr(reward, "learn"):
+        if learner:
             reward.learn(pairs, policy)
         groups = [pairs[i:i + k] for i in range(0, len(pairs), k)]
-        parts = [rewarded(sft, reward, [pair for group in part for pair in group], dense)
+        parts = [rewarded(reference, reward, [pair for group in part for pair in group], dense)
                  for part in micro_batches(groups, schedule.micro_tokens)]
-        old = [None] * len(parts)
+        old = None
         for _ in range(4 if ppo_clip else 1):
-            total = 0.0
-            for i, (batch, rewards, reference) in enumerate(parts):
-                logp = logp_token(policy, batch)
-                old[i] = logp.detach() if old[i] is None else old[i]
-                loss = policy_gradient_loss(logp, old[i], reference, rewards, batch.response_mask(),
-                                            beta, k, ppo_clip) * (len(logp) / len(pairs))
-                loss.backward()
-                total += loss.item()
-            take_step(policy, optimizer, total, schedule, step, steps, label)
-        history.append({"step": step, "proxy": mean(rewards for _, rewards, _ in parts),
-                        "kl_from_sft": mean(a - b for a, (_, _, b) in zip(old, parts)),
-                        "entropy": -mean(old),
+            loss, logp = policy_gradient(forward, parts, old, beta, k, ppo_clip)
+            old = old or logp
+            take_step(policy, optimizer, loss, schedule, step, steps, label)
+        history.append({"step": step, **sample_means(parts, old),
                         **(watch(policy, pairs) if watch else {})})
+        snapshots.keep(history=history)
     return policy, history
 
 
 @torch.no_grad()
-def rewarded(sft, reward, pairs, dense):
+def rewarded(reference, reward, pairs, dense):
     """(batch, its rewards (B, T), log pi_SFT (B, T)) of samples."""
-    batch = collate(pairs, device_of(sft))
+    batch = collate(pairs, device_of(reference))
     rewards = reward.token_rewards(batch)
-    return batch, rewards if dense else at_the_end(rewards.sum(1), batch), logp_token(sft, batch)
+    return batch, rewards if dense else at_the_end(rewards.sum(1), batch), reference(batch)
+
+
+def policy_gradient(forward, parts, old, beta, k, clip):
+    """Add up the gradient of policy_gradient_loss over the parts that rewarded() gave.
+
+    old: log pi of each part when it was drawn; None: it is drawn from the policy as it is now.
+    Returns the loss, a float, and log pi of each part.
+    """
+    n, total, logps = sum(len(rewards) for _, rewards, _ in parts), 0.0, []
+    for i, (batch, rewards, logp_sft) in enumerate(parts):
+        logp = forward(batch)
+        logps.append(logp.detach())
+        loss = policy_gradient_loss(logp, (old or logps)[i], logp_sft, rewards,
+                                    batch.response_mask(), beta, k, clip) * (len(logp) / n)
+        loss.backward()
+        total += loss.item()
+    return total, logps
+
+
+def sample_means(parts, old):
+    """Means over samples, nats per sequence: proxy reward, log pi - log pi_SFT, -log pi."""
+    def mean(values):
+        return torch.cat([part.sum(1) for part in values]).mean().item()
+    return {"proxy": mean(rewards for _, rewards, _ in parts),
+            "kl_from_sft": mean(a - b for a, (_, _, b) in zip(old, parts)), "entropy": -mean(old)}
 
 
 def fit_pairs(reference, items, beta, schedule, rng, label="pairs", snapshot=None):
@@ -326,19 +338,6 @@ def flags_of(stage=None):
     title, *lines = __doc__.splitlines()
     examples = [line for line in lines if f" train.py {stage or ''}" in line]
     return make_dataclass("Flags", flags, namespace={"__doc__": "\n".join([title, "", *examples])})
-
-
-def read_pairs(path, tokenizer, n_positions, max_response):
-    """Token pairs of a file of examples; a prompt that does not fit keeps its end, with a note."""
-    (examples, left_out), max_prompt = read_examples(path), n_positions - max_response
-    if max_prompt < 1:
-        raise InputError(f"--max-response {max_response} leaves no prompt in {n_positions} tokens")
-    cut = sum(len(tokenizer.encode(e.prompt)) > max_prompt for e in examples)
-    if left_out or cut:
-        print(f"{path}: {left_out} unusable left out, {cut} prompts cut to their last "
-              f"{max_prompt} tokens")
-    return [encode_pair(tokenizer, e.prompt, e.response, max_prompt, max_response)
-            for e in examples]
 
 
 def check_model(n_embd, n_head, vocab_size):

@@ -462,6 +462,60 @@ def test_a_reward_model_comes_back(head, tmp_path):
         load_reward(tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_weights_in_parts_are_read_as_one(kind, tmp_path):
+    """As transformers cuts up what is large, or cut up by hand; a part that is missing is named,
+    and a part that changed is another checkpoint."""
+    other = theirs()
+    other.save_pretrained(tmp_path, max_shard_size="10KB")
+    BPE.backend.save(str(tmp_path / "tokenizer.json"))
+    parts = sorted(tmp_path.glob("model-*"))
+    assert len(parts) > 2 and not (tmp_path / "model.safetensors").exists()
+    if kind == "bin":
+        index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+        names = {path.name: path.name.replace("model", "pytorch_model").replace(
+            "safetensors", "bin") for path in parts}
+        for path in parts:
+            torch.save(safetensors.torch.load_file(path), tmp_path / names[path.name])
+            path.unlink()
+        (tmp_path / "model.safetensors.index.json").unlink()
+        (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(
+            {"weight_map": {key: names[name] for key, name in index["weight_map"].items()}}))
+        parts = [tmp_path / name for name in names.values()]
+    same_logits(load_pretrained(tmp_path)[0], other, tokens(SHAPES[1]))
+    before = c.checksum(tmp_path)
+    assert c.checksum(tmp_path) == before
+    content = parts[1].read_bytes()
+    parts[1].write_bytes(content[:-1] + b"?")
+    assert c.checksum(tmp_path) != before
+    parts[1].unlink()
+    with pytest.raises(InputError, match=f"{parts[1].name} is missing"):
+        load_pretrained(tmp_path)
+
+
+def test_the_end_of_a_text_is_the_checkpoint_s_own(tmp_path):
+    """Of a model that ends with another token than GPT-2's: else it would be trained to end with
+    one that no reader of the checkpoint takes for an end. Written and read again it stays."""
+    backend = tokenizers.Tokenizer.from_str(BPE.backend.to_str())
+    backend.add_special_tokens(["<end>"])
+    end = backend.token_to_id("<end>")
+    save_pretrained(tmp_path / "a", ours((1, 1, 8, 320, 16)), BPE)
+    backend.save(str(tmp_path / "a" / "tokenizer.json"))
+    for ids in (end, [5, end]):         # 5 is a word
+        edit(tmp_path / "a" / "generation_config.json", eos_token_id=ids)
+        model, tokenizer, _ = load_pretrained(tmp_path / "a")
+        assert tokenizer.eos == end and tokenizer.decode(tokenizer.encode("cat") + [end]) == "cat"
+    assert end not in tokenizer.encode("a <end> in a text")
+    save_pretrained(tmp_path / "b", model, tokenizer)
+    assert load_tokenizer(tmp_path / "b").eos == end
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "b").eos_token == "<end>"
+    edit(tmp_path / "a" / "generation_config.json", eos_token_id=None)
+    edit(tmp_path / "a" / "config.json", eos_token_id=end)
+    assert load_tokenizer(tmp_path / "a").eos == end
+    edit(tmp_path / "a" / "config.json", eos_token_id=50256)        # transformers' default
+    assert load_tokenizer(tmp_path / "a").eos == BPE.eos
+
+
 # ---- names on the hub ---------------------------------------------------------------------------
 
 @pytest.mark.parametrize("has", ["model.safetensors", "pytorch_model.bin"])
@@ -483,8 +537,10 @@ def test_a_name_is_fetched_from_the_hub(has, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model, tokenizer, _ = load_pretrained("someone/gpt2")
     assert torch.equal(model.wte.weight, ours().wte.weight) and tokenizer.eos == BPE.eos
-    files = ["model.safetensors", "pytorch_model.bin"]
-    assert asked == [("someone/gpt2", [file]) for file in files[:files.index(has) + 1]]
+    files = {"model.safetensors": "model-*-of-*.safetensors",
+             "pytorch_model.bin": "pytorch_model-*-of-*.bin"}
+    assert asked == [("someone/gpt2", [file, f"{file}.index.json", files[file]])
+                     for file in list(files)[:list(files).index(has) + 1]]
 
 
 def test_a_folder_is_never_looked_for_on_the_hub(tmp_path, monkeypatch):

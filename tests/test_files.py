@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 import train
 from model import InputError, bpe_tokenizer
-from toy_envs.files import (read_examples, read_lines, read_prompts, read_records, read_texts,
-                            show_pair, split_dialogue)
+from toy_envs.files import (read_examples, read_lines, read_pairs, read_prompts, read_records,
+                            read_texts, show_pair, split_dialogue)
 
 GOOD = {"prompt": "why?", "response": "because"}
 CHOSEN = {"chosen": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: yes",
@@ -280,13 +280,13 @@ def test_a_long_prompt_keeps_its_end(tmp_path, capsys):
     tokenizer = bpe_tokenizer(["some words"], 300)
     rows = [{"prompt": "x" * n + " why?", "response": "y" * 9} for n in (0, 30, 1000)]
     path = write(tmp_path / "a.jsonl", *rows)
-    pairs = train.read_pairs(path, tokenizer, n_positions=16, max_response=10)
+    pairs = read_pairs(path, tokenizer, n_positions=16, max_response=10)
     assert [tokenizer.decode(prompt) for prompt, _ in pairs] == [" why?\n"] * 3
     assert [len(prompt) + len(response) for prompt, response in pairs] == [16, 16, 16]
     assert all(response[-1] == tokenizer.eos for _, response in pairs)
     assert "0 unusable left out, 2 prompts cut to their last 6 tokens" in capsys.readouterr().out
     with pytest.raises(InputError, match="leaves no prompt"):
-        train.read_pairs(path, tokenizer, n_positions=16, max_response=16)
+        read_pairs(path, tokenizer, n_positions=16, max_response=16)
 
 
 def test_data_says_what_was_understood(tmp_path, capsys):

@@ -1,10 +1,13 @@
 """Micro-batches and several processes: however a batch is cut up, its loss and gradient stay."""
 
 import copy
+import dataclasses
+import functools
 import json
 import math
 import os
 import random
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +17,9 @@ import torch
 
 import afd
 import train
+from divergences import get_divergence
 from model import GPT, GPTConfig, InputError, collate
-from reward import LogRatio, RewardModel
+from reward import Adversary, LogRatio, RewardModel
 from toy_envs.batches import Forward, Objective, item_length, micro_batches
 from train import Schedule, discriminator_step, fit, nll_loss, preference_step, targets
 
@@ -141,6 +145,32 @@ def test_policy_optimisation_by_micro_batches(ppo_clip):
     assert (weights - sft.wte.weight).abs().max() > 0.01
 
 
+def test_the_adversary_by_micro_batches():
+    """Its steps are those of the whole batch, smoothing included: demonstrations and samples must
+    not part ways when the batch is cut."""
+    items = make_items(40, 2)[:-1]
+    demos, own = [a for a, _ in items], [b for _, b in items[:16]]
+
+    def run(tokens):
+        adversary = Adversary(RewardModel(tiny()).double(), demos, get_divergence("reverse_kl"),
+                              random.Random(0), smoothing=0.2, lr=1e-2, micro_tokens=tokens)
+        for _ in range(4):
+            adversary.learn(list(own), None)
+        return torch.cat([p.detach().flatten() for p in adversary.judge.parameters()])
+    whole = run(0)
+    assert torch.equal(run(10 ** 6), whole)
+    for tokens in (1, 60):
+        torch.testing.assert_close(run(tokens), whole, rtol=1e-4, atol=1e-6)
+
+
+def test_the_held_out_loss_is_a_mean_over_tokens():
+    """As the training loss is: weighted by items, short answers would choose the weights."""
+    items, model = make_items(23, 1)[:-1], tiny()
+    for batch_size, tokens in ((5, 0), (5, 30), (40, 0)):
+        objective = Objective(model, nll_loss, targets, Schedule(micro_tokens=tokens))
+        assert objective.mean(items, batch_size) == pytest.approx(nll_loss(model, items).item())
+
+
 def test_items_without_a_target_are_left_out():
     """A batch of nothing but such items would have no loss: nan."""
     nothing = make_items(0, 1)
@@ -163,14 +193,79 @@ def test_bf16_and_compile_need_cuda(tmp_path):
     assert not (tmp_path / "x").exists()
 
 
-def test_bf16_is_autocast_of_the_same_loss():
-    """Near the loss in full precision but not it; gradients and weights stay in float32."""
-    model, items = tiny().float(), make_items(20, 1)[:-1]
-    full = Forward(model, nll_loss)(items)
-    low = Forward(model, nll_loss, bf16=True)(items)
-    assert low.item() == pytest.approx(full.item(), rel=0.02) and low.item() != full.item()
+def moved(pairs):
+    """A float32 model off its start, at which a reward model is zero everywhere."""
+    model = tiny().float() if pairs == 1 else RewardModel(tiny()).float()
+    for p in model.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    return model
+
+
+@pytest.mark.parametrize("loss_fn, pairs", [(nll_loss, 1), (discriminator_step, 2)])
+def test_bf16_is_autocast_of_the_same_loss(loss_fn, pairs):
+    """Loss and gradient to bfloat16's eight bits of those in float32, and yet not they; gradients,
+    weights and the optimizer's state stay in float32, in which small steps add up."""
+    model, items = moved(pairs), make_items(20, pairs)[:-1]
+    full = Forward(model, loss_fn)(items)
+    full.backward()
+    exact = gradient(model)
+    model.zero_grad()
+    low = Forward(model, loss_fn, bf16=True)(items)
     low.backward()
+    assert low.item() == pytest.approx(full.item(), rel=0.01) and low.item() != full.item()
+    assert 0 < (gradient(model) - exact).norm() < 0.03 * exact.norm()
     assert {p.grad.dtype for p in model.parameters()} == {torch.float32}
+    model = moved(pairs)
+    plan = Schedule(lr=1e-3, batch_size=8)
+    losses = [[record["loss"] for record in fit(copy.deepcopy(model), items, loss_fn, plan,
+                                                random.Random(0))]
+              for plan in (plan, dataclasses.replace(plan, bf16=True))]
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+    fit(model, items, loss_fn, dataclasses.replace(plan, bf16=True), random.Random(0))
+    assert {p.dtype for p in model.state_dict().values()} == {torch.float32}
+
+
+def test_policy_optimisation_in_bf16():
+    """Near the steps in float32. log pi_SFT is computed as log pi is: in two precisions, a policy
+    that has not moved would seem to have, and the KL would push it."""
+    sft, rng = moved(1), random.Random(0)
+    written = [(x, [rng.randint(2, 8) for _ in range(5)]) for x in ([3], [6]) for _ in range(4)]
+
+    def run(bf16):
+        return train.optimise_policy(sft, LogRatio(moved(1), tiny(1).float()), lambda _: written, 3,
+                                     Schedule(lr=1e-2, bf16=bf16), 0.5, 4)
+    (exact, history), (low, said) = run(False), run(True)
+    assert said[0]["kl_from_sft"] == 0 and said[0]["entropy"] != history[0]["entropy"]
+    for a, b in zip(history, said):
+        assert b == pytest.approx(a, rel=0.05, abs=0.1)
+    step = (exact.wte.weight - sft.wte.weight).norm()
+    assert 0 < (low.wte.weight - exact.wte.weight).norm() < 0.3 * step
+    assert low.wte.weight.dtype == torch.float32
+
+
+def test_what_is_compiled_computes_the_same(monkeypatch):
+    """torch.compile's own tracing and gradients, without its C++: for batches of several shapes,
+    which have to share one trace, and for models that share their code."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    for loss_fn, pairs in ((nll_loss, 1), (discriminator_step, 2)):
+        model = moved(pairs)
+        fast, plain = Forward(model, loss_fn, compile=True), Forward(model, loss_fn)
+        for n in (5, 9, 14):
+            items, values = make_items(n, pairs, n)[:-1], []
+            for forward in (plain, fast):
+                model.zero_grad()
+                loss = forward(items)
+                loss.backward()
+                values.append((loss.item(), gradient(model)))
+            assert values[0][0] == pytest.approx(values[1][0], rel=1e-5)
+            torch.testing.assert_close(values[0][1], values[1][1], rtol=1e-4, atol=1e-6)
+
+
+def test_everything_of_a_reward_model_is_where_its_policy_is():
+    """On a GPU a head that stayed behind would stop the run at its first reward."""
+    for head in ("sum", "last"):
+        reward = RewardModel(tiny().to("meta"), head)
+        assert {t.device.type for t in reward.state_dict().values()} == {"meta"}
 
 
 def test_compiling_is_for_training_alone(monkeypatch):
@@ -211,6 +306,27 @@ with processes(torch.device("cpu")):
 sys.stdout.flush()
 os._exit(0)     # torch's threads have once in ten runs aborted Python's own way out
 """
+
+
+def test_a_refused_folder_is_said_by_the_first_process_alone(tmp_path):
+    """Two processes on one folder that another run holds: one line in all, status 2 for both, and
+    nobody waits for the other."""
+    (tmp_path / "c.txt").write_text("one\n\ntwo")
+    (tmp_path / "o").mkdir()
+    (tmp_path / "o" / "train.json").write_text("{}")
+    argv = ["pretrain", "--corpus", "c.txt", "--out", "o", "--device", "cpu"]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    children = [subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *argv], cwd=tmp_path, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True, env={
+            **os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": port,
+            "WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": rank}) for rank in "01"]
+    said = [child.communicate(timeout=60) for child in children]
+    assert [child.returncode for child in children] == [2, 2], said
+    assert said[0][1].startswith("error: o holds another run") and said[0][1].count("\n") == 1
+    assert said[0][0] == "" and said[1] == ("", "")
 
 
 def test_two_processes_give_what_one_gives(tmp_path):

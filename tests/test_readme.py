@@ -40,7 +40,7 @@ def test_quoted_numbers_are_the_committed_results():
 
 
 @pytest.mark.parametrize("recipe, rows, says", [
-    ("golden a: x", [(1.0, 0), (3.0, 1)], "2.00 ± 12.70"),      # t of one degree of freedom
+    ("golden a: x", [(1.0, 0), (3.0, 1)], "2.00 ± 12.71"),      # t of one degree of freedom
     ("golden a: x less y", [(1.0, 0), (3.0, 1)], "0.00 ± 0.00"),
     ("golden a: x of 64", [(1.0, 0)], "–")])
 def test_what_a_recipe_stands_for(recipe, rows, says):

@@ -18,8 +18,11 @@ from safetensors.torch import load_file, save_file
 
 import afd
 import train
-from model import GPT, GPTConfig, InputError, write_json
+from divergences import get_divergence
+from model import GPT, GPTConfig, InputError, bpe_tokenizer, sample_responses, write_json
+from reward import Adversary, RewardModel
 from toy_envs import runs
+from toy_envs.checkpoints import save_pretrained
 from toy_envs.runs import claimed, keep, kept, provenance, run_script
 from train import Schedule, fit, nll_loss
 
@@ -30,8 +33,8 @@ TINY = ["--n-corpus", "120", "--n-demos", "30", "--n-samples", "24", "--n-prompt
         "cpu", "--methods", "po,adversarial,adversarial-exact,irft,dpo", "--policy-steps", "2",
         "--divergences", "reverse_kl", "--rounds", "2", "--n-preferences", "10", "--seeds", "2"]
 # a snapshot after every step, so that what is stopped is stopped within a training loop too
-EVERY_STEP = ("import sys, afd, train; train.SNAPSHOT_SECONDS = -1; "
-              "train.run_script(lambda: afd.main(sys.argv[1:]))")
+EVERY_STEP = ("import sys, afd; from toy_envs import runs; runs.SNAPSHOT_SECONDS = -1; "
+              "runs.run_script(lambda: afd.main(sys.argv[1:]))")
 
 
 def untimed(results):
@@ -122,8 +125,7 @@ def test_stopped_at_any_write_a_run_resumes_to_the_same_results(whole, tmp_path,
         if left[0] <= 0:
             raise Stop
     monkeypatch.setattr(runs, "keep", stopping)
-    monkeypatch.setattr(train, "keep", stopping)
-    monkeypatch.setattr(train, "SNAPSHOT_SECONDS", -1)
+    monkeypatch.setattr(runs, "SNAPSHOT_SECONDS", -1)
     while True:
         left[0] = rng.randint(1, 8)
         try:
@@ -145,7 +147,7 @@ def test_a_stage_of_train_resumes(tmp_path, monkeypatch):
     argv = ["pretrain", "--corpus", str(tmp_path / "c.txt"), "--n-embd", "16", "--n-layer", "1",
             "--vocab-size", "300", "--device", "cpu", "--batch-size", "4", "--out"]
     train.main([*argv, str(tmp_path / "a")])
-    monkeypatch.setattr(train, "SNAPSHOT_SECONDS", -1)
+    monkeypatch.setattr(runs, "SNAPSHOT_SECONDS", -1)
     kept_before = []
 
     def stopping(path, value, of):
@@ -156,7 +158,7 @@ def test_a_stage_of_train_resumes(tmp_path, monkeypatch):
 
     def full(*_):
         raise InputError("the disk is full")
-    monkeypatch.setattr(train, "keep", stopping)
+    monkeypatch.setattr(runs, "keep", stopping)
     for _ in range(2):
         with pytest.raises(Stop):
             train.main([*argv, str(tmp_path / "b"), "--resume"])
@@ -199,7 +201,7 @@ PLAN = Schedule(lr=1e-2, epochs=2.5, batch_size=8)
 
 def test_fit_goes_on_where_it_stopped(tmp_path, monkeypatch):
     """At every step of two and a half epochs: weights, history and the generator are the same."""
-    monkeypatch.setattr(train, "SNAPSHOT_SECONDS", -1)
+    monkeypatch.setattr(runs, "SNAPSHOT_SECONDS", -1)
 
     def run(snapshot, stop_at=math.inf):
         model, rng, calls = tiny(), random.Random(3), []
@@ -222,6 +224,48 @@ def test_fit_goes_on_where_it_stopped(tmp_path, monkeypatch):
         assert again[1:3] == (history, draw) and again[3] < calls
 
 
+def test_policy_optimisation_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    """Before and after each of its draws, with a judge that learns along: the policy, the history,
+    the judge, what it remembers of old policies, and what both generators would draw next."""
+    monkeypatch.setattr(runs, "SNAPSHOT_SECONDS", -1)
+    sft, plan = tiny(), Schedule(lr=1e-2)
+
+    def run(snapshot, stop_at=math.inf):
+        rng, generator, calls = random.Random(3), torch.Generator().manual_seed(4), []
+        judge = Adversary(RewardModel(sft), [([2], [3, 4, 1]), ([3], [5, 1])],
+                          get_divergence("reverse_kl"), random.Random(5), smoothing=0.1)
+
+        def tick():
+            calls.append(1)
+            if len(calls) == stop_at:
+                raise KeyboardInterrupt
+
+        def draw(policy):
+            tick()
+            prompts = [[rng.randint(2, 7)] for _ in range(3)]
+            written = sample_responses(policy, prompts, 2, 5, 1, generator)
+            return [(x, y) for x, ys in zip(prompts, written) for y in ys]
+
+        def watch(policy, pairs):
+            tick()
+            return {"length": sum(len(y) for _, y in pairs)}
+        policy, history = train.optimise_policy(
+            sft, judge, draw, 4, plan, 0.1, 2, 0.2, False, "t", watch, snapshot,
+            {"rng": rng, "generator": generator})
+        drawn = rng.random(), torch.rand(1, generator=generator).item()
+        return {"policy": policy.state_dict(), "judge": judge.judge.state_dict()}, (
+            history, drawn, judge.old, judge.rng.random()), len(calls)
+    state, rest, calls = run(None)
+    assert calls == 8 and len(rest[2]) == 24
+    for stop_at in range(3, calls + 1):
+        snapshot = tmp_path / str(stop_at)
+        with pytest.raises(KeyboardInterrupt):
+            run(snapshot, stop_at)
+        again = run(snapshot)
+        assert_same_state(again[0], state)
+        assert again[1] == rest and again[2] == calls - 2 * ((stop_at - 1) // 2)
+
+
 def test_a_torn_or_foreign_file_is_named_and_the_one_before_it_used(tmp_path, capsys):
     """Cut short anywhere, with one bit turned, empty, of something else, or no such file at all."""
     path = tmp_path / "state"
@@ -242,7 +286,7 @@ def test_a_torn_or_foreign_file_is_named_and_the_one_before_it_used(tmp_path, ca
 
 
 def test_other_data_or_another_plan_do_not_go_on_with_a_snapshot(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "SNAPSHOT_SECONDS", -1)
+    monkeypatch.setattr(runs, "SNAPSHOT_SECONDS", -1)
     path = tmp_path / "s"
     fit(tiny(), ITEMS, nll_loss, PLAN, random.Random(0), snapshot=path)
     for items, plan, seed in ((ITEMS[::-1], PLAN, 0), (ITEMS, PLAN, 1),
@@ -319,8 +363,8 @@ def test_a_folder_with_a_run_is_refused_resumed_or_overwritten(tmp_path):
     other = {**HEAD, "command": "other", "config": {**HEAD["config"], "n_demos": 7, "out": "x"}}
     with pytest.raises(InputError, match="another n_demos: it was 4000, now 7"):
         claim(other, resume=True)
-    for name, value in (("device", "cuda"), ("data", 5), ("processes", 2)):
-        with pytest.raises(InputError, match=f"another {name}"):
+    for name, value in (("device", "cuda"), ("processes", 2), ("contents", {"data": 5})):
+        with pytest.raises(InputError, match=f"another {'data' if name == 'contents' else name}"):
             claim({**HEAD, name: value}, resume=True)
     assert claim({**HEAD, "command": "other"}, resume=True) == HEAD and stage.exists()
     claim(other, overwrite=True)
@@ -328,6 +372,64 @@ def test_a_folder_with_a_run_is_refused_resumed_or_overwritten(tmp_path):
     (tmp_path / "new" / "config.json").write_text("{")
     with pytest.raises(InputError, match="not a run's settings"):
         claim(resume=True)
+
+
+def test_overwriting_leaves_no_seed_of_the_other_run(tmp_path):
+    """A checkpoint that nobody trained in this run would pass for one of it. What no run made
+    stays, and what --init reads is not deleted under it, but refused."""
+    out = tmp_path / "seed7"
+    for name in ("seed0/stages", "seed0/sft", "seed12/stages", "seed1", "seeds/stages", "mine"):
+        (out / name).mkdir(parents=True)
+    write_json(out / "config.json", HEAD)
+
+    def claim(init=None):
+        head = {**HEAD, "config": {**HEAD["config"], "init": init}}
+        with claimed(out, "config.json", head, overwrite=True):
+            return sorted(path.name for path in out.iterdir() if path.is_dir())
+    with pytest.raises(InputError, match="would delete --init"):
+        claim(str(out / "mine" / ".." / "seed0" / "sft"))
+    assert (out / "seed0" / "stages").is_dir() and (out / "seed12").is_dir()
+    (out / "stages").mkdir()
+    assert claim(str(out)) == claim() == ["mine", "seed1", "seeds"]
+
+
+def test_other_contents_under_the_same_names_are_not_resumed(tmp_path, monkeypatch):
+    """Of --init (weights, tokenizer), of --gold, of the answers that people liked less: else half
+    of the numbers would be of what is no longer there."""
+    demos, gold, init = tmp_path / "d.jsonl", tmp_path / "g.py", tmp_path / "init"
+    demos.write_text("".join(json.dumps(
+        {"prompt": f"ask {i}", "chosen": f"yes {i}", "rejected": f"no {i}"}) + "\n"
+        for i in range(9)))
+    gold.write_text("def f(x, y): return 1.0")
+    tokenizer = bpe_tokenizer(["ask yes no"], 300)
+    save_pretrained(init, GPT(GPTConfig(len(tokenizer), 64, 16, 1, 2)), tokenizer)
+    argv = ["--demos", str(demos), "--gold", f"{gold}:f", "--init", str(init), "--max-prompt", "9",
+            "--max-response", "9", "--device", "cpu", "--resume", "--out", str(tmp_path / "afd")]
+    stage = ["sft", "--demos", str(demos), "--init", str(init), "--max-response", "9", "--resume",
+             "--device", "cpu", "--out", str(tmp_path / "sft")]
+    monkeypatch.setattr(afd, "run_seeds", lambda *_: None)
+    monkeypatch.setattr(train, "fine_tune", lambda model, *_: (model, [{"loss": 0.0}]))
+
+    def resumed(main, argv, changed=None):
+        if changed is None:
+            return main(argv)
+        with pytest.raises(InputError, match=f"another {changed}: it was") as error:
+            main(argv)
+        assert "\n" not in str(error.value)
+    for main, flags in ((afd.main, argv), (train.main, stage)):
+        resumed(main, flags)
+        resumed(main, flags)
+    for path, old, new, what in ((gold, b"1.0", b"2.0", "content of --gold"),
+                                 (demos, b"no 3", b"no 7", "data"),
+                                 (init / "tokenizer.json", b"}", b"} ", "content of --init"),
+                                 (init / "model.safetensors", b"\0", b"\1", "content of --init")):
+        before = path.read_bytes()
+        path.write_bytes(before[::-1].replace(old[::-1], new[::-1], 1)[::-1])   # the last one
+        resumed(afd.main, argv, what)
+        if path.parent == init:
+            resumed(train.main, stage, what)
+        path.write_bytes(before)
+        resumed(afd.main, argv)
 
 
 def test_two_runs_on_one_folder(tmp_path):
@@ -363,6 +465,15 @@ def test_what_cannot_be_written_is_one_line(tmp_path, capsys):
     def stop():
         raise KeyboardInterrupt
     assert said(stop, capsys) == (130, "stopped\n")
+
+
+def test_a_reader_that_leaves_ends_it_quietly():
+    """As `| head -1`: what is said to nobody is noticed at the end, when the buffer is written."""
+    code = "from toy_envs.runs import run_script; run_script(lambda: print('x'))"
+    child = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE,
+                             stderr=subprocess.PIPE, env={**os.environ, "PYTHONUNBUFFERED": ""})
+    child.stdout.close()
+    assert (child.stderr.read(), child.wait()) == (b"", 141)
 
 
 def limited(size):

@@ -129,8 +129,7 @@ class Objective:
         self.weigh, self.micro_tokens = lambda items: weigh(model, items), schedule.micro_tokens
         self.alone = self.shared = Forward(model, loss_fn, schedule.bf16, schedule.compile)
         if rank_and_count()[1] > 1:
-            self.shared = nn.parallel.DistributedDataParallel(
-                self.alone, forward_sync_buffers=False)
+            self.shared = nn.parallel.DistributedDataParallel(self.alone)
 
     def parts(self, batch, rank=0, count=1):
         """[(micro-batch, its share of the batch's mean)] of one process; all shares add up to 1."""
@@ -154,8 +153,8 @@ class Objective:
 
     @torch.inference_mode()
     def mean(self, items, batch_size):
-        """The loss over all items, each batch counting by its number of items."""
+        """The loss over all items, in batches of similar length: a mean over all of its terms."""
         items = sorted(items, key=item_length)
         chunks = [items[i:i + batch_size] for i in range(0, len(items), batch_size)]
-        return sum(self.alone(part).item() * share * len(chunk)
-                   for chunk in chunks for part, share in self.parts(chunk)) / len(items)
+        return sum(self.alone(part).item() * self.weigh(part) for chunk in chunks
+                   for part in micro_batches(chunk, self.micro_tokens)) / self.weigh(items)

@@ -1,8 +1,9 @@
 """Checkpoints in the format of transformers' GPT-2: a folder, or a name on the Hugging Face hub.
 
     config.json, generation_config.json         shape of the model; tokens that it never writes
-    model.safetensors or pytorch_model.bin      tensors, under GPT-2's names, "transformer." or not
-    tokenizer.json, or vocab.json + merges.txt  the tokenizer
+    model.safetensors or pytorch_model.bin      tensors, under GPT-2's names, "transformer." or not;
+                                                or the parts that a .index.json names
+    tokenizer.json, or vocab.json + merges.txt  the tokenizer; eos_token_id is its end of a text
 
 AutoModelForCausalLM and AutoTokenizer open what is written here, with equal logits and token ids.
 Files are data: only tensors are read from them, never code. What GPT cannot compute is refused by
@@ -11,6 +12,7 @@ name. A reward model's folder holds its trunk as such a checkpoint and its head 
 
 import importlib.util
 import json
+import zlib
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -26,6 +28,8 @@ from reward import RewardModel
 COMPUTED = {"model_type": ("gpt2",), "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
             "scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,),
             "add_cross_attention": (False,), "tie_word_embeddings": (True,)}
+# What is read beside the weights, where it is there.
+TEXTS = ("config.json", "generation_config.json", "tokenizer.json", "vocab.json", "merges.txt")
 
 
 def save_pretrained(folder, model, tokenizer, **extra):
@@ -44,7 +48,8 @@ def save_pretrained(folder, model, tokenizer, **extra):
     write_json(folder / "generation_config.json",
                {**ids, "suppress_tokens": config.pop("suppress_tokens") or None})
     write_json(folder / "config.json", {**config, **ids, **extra})
-    names = {"bos_token": EOS, "eos_token": EOS, "pad_token": PAD, "unk_token": UNK}
+    eos = tokenizer.backend.id_to_token(tokenizer.eos)
+    names = {"bos_token": eos, "eos_token": eos, "pad_token": PAD, "unk_token": UNK}
     write_json(folder / "tokenizer_config.json", {
         "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": model.config.n_positions,
         "split_special_tokens": True, "clean_up_tokenization_spaces": False,    # as Tokenizer does
@@ -83,10 +88,10 @@ def loading(name):
         if not folder.is_dir():
             from huggingface_hub import snapshot_download      # tokenizers brings it along
             for weights in weight_files():      # the second only where the first is not to be had
+                stem, _, kind = weights.partition(".")
                 folder = Path(snapshot_download(name, allow_patterns=[
-                    "config.json", "generation_config.json", "tokenizer.json", "vocab.json",
-                    "merges.txt", weights]))
-                if (folder / weights).is_file():
+                    *TEXTS, weights, f"{weights}.index.json", f"{stem}-*-of-*.{kind}"]))
+                if (folder / weights).is_file() or (folder / f"{weights}.index.json").is_file():
                     break
         yield folder
     except Exception as error:      # each loader has its own kinds of error for a foreign file
@@ -103,14 +108,53 @@ def first_of(folder, *names):
     raise ValueError(f"{' or '.join(names)} is missing")
 
 
+def weights_of(folder):
+    """The files of a checkpoint's weights: one, or the parts that an index names. Raises ValueError
+    if there are none."""
+    for name in weight_files():
+        index = folder / f"{name}.index.json"
+        if index.is_file() and not (folder / name).is_file():
+            parts = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            return [first_of(folder, part) for part in sorted({*parts})]
+    return [first_of(folder, *weight_files())]
+
+
+def checksum(name):
+    """A number that tells apart what load_pretrained(name) reads: a name may come to hold other
+    weights. Raises InputError."""
+    found = 0
+    with loading(name) as folder:
+        texts = [folder / text for text in TEXTS if (folder / text).is_file()]
+        for path in (*texts, *weights_of(folder)):
+            with open(path, "rb") as file:
+                while block := file.read(2 ** 24):
+                    found = zlib.crc32(block, found)
+    return found
+
+
 def load_tokenizer(name):
     """The Tokenizer of a checkpoint: tokenizer.json, or vocab.json and merges.txt."""
     with loading(name) as folder:
         file = first_of(folder, "tokenizer.json", "vocab.json")
         if file.name == "tokenizer.json":
-            return Tokenizer(tokenizers.Tokenizer.from_file(str(file)))
-        merges = first_of(folder, "merges.txt")
-        return Tokenizer(byte_level(tokenizers.models.BPE.from_file(str(file), str(merges))))
+            backend = tokenizers.Tokenizer.from_file(str(file))
+        else:
+            merges = first_of(folder, "merges.txt")
+            backend = byte_level(tokenizers.models.BPE.from_file(str(file), str(merges)))
+        return Tokenizer(backend, end_token(folder, backend))
+
+
+def end_token(folder, backend):
+    """The token that ends a text: that of eos_token_id, if it is one added to the vocabulary's
+    words, or else EOS."""
+    added = backend.get_added_tokens_decoder()
+    for name in ("generation_config.json", "config.json"):
+        if (folder / name).is_file():
+            ids = json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token_id")
+            for i in ids if isinstance(ids, list) else [ids]:
+                if i in added:
+                    return added[i].content
+    return EOS
 
 
 def read_config(folder):
@@ -131,15 +175,17 @@ def read_config(folder):
     return config, raw
 
 
-def read_weights(path, model):
-    """Fill model from a weights file: only tensors are read, never code. Raises ValueError naming
-    tensors that are missing, unknown or misshapen, shapes as in the file.
+def read_weights(paths, model):
+    """Fill model from weights files: only tensors are read, never code. Raises ValueError naming
+    tensors that are missing, unknown or misshapen, shapes as in the files.
     """
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-        raw = load_file(path)
-    else:
-        raw = torch.load(path, map_location="cpu", weights_only=True)
+    raw = {}
+    for path in paths:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+            raw.update(load_file(path))
+        else:
+            raw.update(torch.load(path, map_location="cpu", weights_only=True))
     mask = (".attn.bias", ".attn.masked_bias")      # buffers, not parameters
     theirs = {k.removeprefix("transformer."): t for k, t in raw.items() if not k.endswith(mask)}
     head, ours = theirs.pop("lm_head.weight", None), conv1d(model.state_dict())
@@ -162,7 +208,7 @@ def load_pretrained(name):
     with loading(name) as folder:
         config, raw = read_config(folder)
         model = GPT(config)
-        read_weights(first_of(folder, *weight_files()), model)
+        read_weights(weights_of(folder), model)
     tokenizer = load_tokenizer(folder)
     largest = max(tokenizer.backend.get_vocab().values())
     if largest >= config.vocab_size:

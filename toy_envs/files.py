@@ -251,6 +251,19 @@ def read_examples(path):
     return examples, left_out.total()
 
 
+def read_pairs(path, tokenizer, n_positions, max_response):
+    """Token pairs of a file of examples; a prompt that does not fit keeps its end, with a note."""
+    (examples, left_out), max_prompt = read_examples(path), n_positions - max_response
+    if max_prompt < 1:
+        raise InputError(f"--max-response {max_response} leaves no prompt in {n_positions} tokens")
+    cut = sum(len(tokenizer.encode(e.prompt)) > max_prompt for e in examples)
+    if left_out or cut:
+        print(f"{path}: {left_out} unusable left out, {cut} prompts cut to their last "
+              f"{max_prompt} tokens")
+    return [encode_pair(tokenizer, e.prompt, e.response, max_prompt, max_response)
+            for e in examples]
+
+
 def read_texts(path):
     """Documents of a corpus: JSON with "text" (.json, .jsonl), or plain text by paragraph."""
     if ".json" in Path(path).name:

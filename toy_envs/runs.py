@@ -1,7 +1,8 @@
 """A run's bookkeeping: its flags, its folder, what it remembers of finished stages.
 
 A run may be killed at any moment: whatever it keeps is written aside and renamed, and it draws its
-randomness by stage, so that --resume goes on to the results of an uninterrupted run, bit for bit.
+randomness by stage, so that --resume goes on to the results of an uninterrupted run: bit for bit
+on a CPU, where a sum is always taken in the same order, which not all of a GPU's kernels promise.
 """
 
 import argparse
@@ -11,13 +12,14 @@ import json
 import os
 import platform
 import random
+import re
 import shutil
 import sys
 import time
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +28,7 @@ import torch
 
 from model import InputError, write_aside, write_json
 from toy_envs.batches import from_first, rank_and_count
+from toy_envs.checkpoints import checksum
 
 try:
     import fcntl
@@ -73,12 +76,17 @@ def parse_settings(Settings, argv=None):
 
 def run_script(main):
     """Call main(). Bad input and what cannot be written are one line and exit status 2; Ctrl-C is
-    130."""
+    130; a reader of the output that leaves, as `| head -1` does, is no word and 141, as in a shell.
+    """
     try:
         main()
+        print(end="", flush=True)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes on its way
+        sys.exit(141)
     except OSError as error:
         print(f"error: {error.filename or 'output'}: {error.strerror or error}", file=sys.stderr)
         sys.exit(2)
@@ -133,13 +141,19 @@ def side_by_side(function, jobs, device):
 # ---- the folder ---------------------------------------------------------------------------------
 
 def provenance(command, s, device, data):
-    """What defines a run, as its folder records it: settings, versions, device, a checksum of data.
+    """What defines a run, as its folder records it: settings, versions, device, and checksums of
+    the data and of what the files that --init and --gold name hold. Raises InputError.
     """
+    contents, gold = {"data": zlib.crc32(repr(data).encode())}, getattr(s, "gold", None)
+    if s.init:
+        contents["content of --init"] = checksum(s.init)
+    if gold not in (None, "pairs"):     # FILE.py:FUNCTION
+        contents["content of --gold"] = zlib.crc32(Path(gold.rpartition(":")[0]).read_bytes())
     return {"command": command, "config": dataclasses.asdict(s),
             "versions": {"python": platform.python_version(), "torch": torch.__version__,
                          "numpy": np.__version__, "tokenizers": tokenizers.__version__},
             "device": str(device), "processes": rank_and_count()[1],
-            "data": zlib.crc32(repr(data).encode())}
+            "contents": contents}
 
 
 def make_folder(out):
@@ -158,31 +172,50 @@ def claimed(out, name, head, overwrite=False, resume=False):
     """The folder `out`, this run's alone while the block lasts; yields what its file `name` says.
 
     That is head, from provenance(). resume: go on with the run whose file is there, if any, which
-    must have had the same settings. overwrite: forget what another run remembered.
+    must have had the same settings. overwrite: forget what another run remembered, and its seeds.
     Raises InputError where the folder cannot be written, is in use, or holds another run.
     """
-    out, file = Path(out), Path(out) / name
     if rank_and_count()[0]:     # of several processes the first one sees to it
-        yield from_first(None)
+        head = from_first(None)
+        if head is None:
+            sys.exit(2)         # and has said why
+        yield head
         return
-    with open(make_folder(out) / ".lock", "a") as lock:
+    with ExitStack() as held:
         try:
-            if fcntl:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)    # let go of when lock is closed
-        except BlockingIOError:
-            raise InputError(f"{out}: another run is writing to it now") from None
-        if resume and not file.exists():
-            print(f"nothing to resume in {out}: a new run")
-        if resume and file.exists():
-            head = same_run(file, head)
-        elif not overwrite and (file.exists() or (out / "config.json").exists()):
-            raise InputError(f"{out} holds another run: choose another --out, --resume it or "
-                             "--overwrite it")
-        else:
-            for stale in (*out.glob("stages"), *out.glob("seed*/stages")):
-                shutil.rmtree(stale)
-            write_json(file, head)
+            head = claim(Path(out), name, head, overwrite, resume, held)
+        except (InputError, OSError):
+            from_first(None)
+            raise
         yield from_first(head)
+
+
+def claim(out, name, head, overwrite, resume, held):
+    """What claimed() yields; the folder's lock is let go of with `held`, an ExitStack."""
+    file, lock = out / name, held.enter_context(open(make_folder(out) / ".lock", "a"))
+    try:
+        if fcntl:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"{out}: another run is writing to it now") from None
+    if resume and file.exists():
+        return same_run(file, head)
+    if resume:
+        print(f"nothing to resume in {out}: a new run")
+    if not overwrite and (file.exists() or (out / "config.json").exists()):
+        raise InputError(f"{out} holds another run: choose another --out, --resume it or "
+                         "--overwrite it")
+    stale = [*out.glob("stages"), *out.glob("seed*/stages")]
+    if overwrite:       # its seeds too, with their checkpoints
+        stale += [path.parent for path in stale if re.fullmatch(r"seed\d+", path.parent.name)
+                  and path.parent != out]
+    init = head["config"]["init"]
+    if init and any(Path(init).resolve().is_relative_to(path.resolve()) for path in stale):
+        raise InputError(f"--overwrite would delete --init {init}: choose another --out")
+    for path in stale:
+        shutil.rmtree(path)
+    write_json(file, head)
+    return head
 
 
 def same_run(file, head):
@@ -190,8 +223,8 @@ def same_run(file, head):
     head = json.loads(json.dumps(head))
     try:
         before = json.loads(file.read_text(encoding="utf-8"))
-        now, then = ({**h["versions"], **h["config"], **{name: h[name] for name in (
-            "device", "processes", "data")}} for h in (head, before))
+        now, then = ({**h["versions"], **h["config"], "device": h["device"],
+                      "processes": h["processes"], **h["contents"]} for h in (head, before))
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{file}: not a run's settings, cannot be resumed") from error
     for name, value in now.items():
@@ -202,6 +235,9 @@ def same_run(file, head):
 
 
 # ---- what is remembered -------------------------------------------------------------------------
+
+SNAPSHOT_SECONDS = 20.0     # how much of a training loop's work a kill may cost
+
 
 def previous(path):
     return path.with_name(path.name + ".prev")
@@ -237,6 +273,42 @@ def kept(path, of, device="cpu"):
             pass
         print(f"{file}: torn or of another run, not used", file=sys.stderr)
     return None
+
+
+class Snapshot:
+    """Where a training loop keeps its state now and then, so that it can go on bit for bit.
+
+    path: the file; None: nothing is kept. of: what the loop was called with, to know its file by.
+    parts: models, optimizers, random.Random, torch.Generator or whatever else has a state_dict.
+    """
+
+    def __init__(self, path, of, **parts):
+        self.path, self.parts, self.saved = path, parts, time.monotonic()
+        self.of = path and str(zlib.crc32(repr(of).encode()))
+
+    def restore(self, device):
+        """The data that was kept, each part being set to what it was then; {} if there is none."""
+        state = self.path and kept(self.path, self.of, device) or {}
+        for name, part in self.parts.items() if state else ():
+            was = state.pop(name)
+            if isinstance(part, random.Random):
+                part.setstate(was)
+            elif isinstance(part, torch.Generator):
+                part.set_state(was.cpu())       # it is not kept where it generates
+            else:
+                part.load_state_dict(was)
+        return state
+
+    def keep(self, **data):
+        """Keep data and the parts' states, if the last time is SNAPSHOT_SECONDS ago."""
+        if not self.path or time.monotonic() - self.saved <= SNAPSHOT_SECONDS:
+            return
+        for name, part in self.parts.items():
+            get = (getattr(part, "getstate", None) or getattr(part, "get_state", None)
+                   or part.state_dict)
+            data[name] = get()
+        keep(self.path, data, self.of)
+        self.saved = time.monotonic()
 
 
 class Run:

@@ -159,7 +159,8 @@ def file_world(s, seed):
         notes=[note for count, note in (
             (left_out, f"{counted(left_out, 'records')} left out: an empty turn, or two answers to "
                        "different prompts"),
-            (n_cut, f"{counted(n_cut, 'prompts')} longer than {s.max_prompt} tokens cut to the end"),
+            (n_cut, f"{counted(n_cut, 'prompts')} longer than {s.max_prompt} tokens cut to the "
+                    "end"),
             (n_long, f"{n_long} of {len(demos)} demonstrations cut to {s.max_response} tokens: "
                      "they have no end"),
             (len(learn) - len(demos), f"{counted(len(learn) - len(demos), 'demonstrations')} left "
