@@ -18,10 +18,9 @@ def exact(values):
     return torch.tensor(values, dtype=torch.float64)
 
 
-def normal_samples(mean, *shape, spread=1.0, seed=0):
+def normal_samples(mean, *shape, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(*shape, 2, generator=generator, dtype=torch.float64)
-    return exact(mean) + noise * exact([1.0, spread])
+    return exact(mean) + torch.randn(*shape, 2, generator=generator, dtype=torch.float64)
 
 
 # ---- closed forms -------------------------------------------------------------------------------
@@ -37,17 +36,11 @@ def test_expected_maximum_of_normals(n, value):
 def test_fishers_discriminant_is_the_exact_logit():
     """Failing: mu_1 - mu_0 is not the direction in which the exact logit grows, or not linear."""
     negative, positive = exact([0.0, 0.5]), exact([1.5, 2.0])
-    z, unit = normal_samples([0.5, 1.0], 50), torch.ones(2).double()
-    logit = h.log_density(z, positive, unit) - h.log_density(z, negative, unit)
+    z, unit = normal_samples([0.5, 1.0], 50), torch.eye(2).double()
+    logit = (torch.distributions.MultivariateNormal(positive, unit).log_prob(z)
+             - torch.distributions.MultivariateNormal(negative, unit).log_prob(z))
     half_way = (negative + positive) / 2
     assert torch.allclose(logit, (z - half_way) @ (positive - negative), atol=1e-12)
-
-
-def test_log_density_against_torch_distributions():
-    """Failing: the exact logit of unequal spreads is not log positive - log negative."""
-    z, mean, spread = normal_samples([0.5, 1.0], 50), exact([1.5, 2.0]), exact([1.0, 0.5])
-    want = torch.distributions.MultivariateNormal(mean, torch.diag(spread ** 2)).log_prob(z)
-    assert torch.allclose(h.log_density(z, mean, spread), want, atol=1e-12)
 
 
 def test_best_of_n_shift_against_samples():
@@ -57,7 +50,7 @@ def test_best_of_n_shift_against_samples():
     """
     w = exact([0.3, 1.0])
     candidates = normal_samples([1.0, 0.0], 20_000, 8)
-    chosen = h.best_of_n(candidates, candidates @ w - 5)  # the bias must not matter
+    chosen = h.best_of_n(candidates, w)
     shift = h.best_of_n_shift(w, 8)
     assert (chosen.mean(0) - exact([1.0, 0.0]) - shift).abs().max() < 0.03
 
@@ -65,12 +58,8 @@ def test_best_of_n_shift_against_samples():
 def test_best_of_n_in_a_batch_by_hand():
     """Failing: a batch of reward models chooses by another one's weights."""
     candidates = exact([[[[0, 3], [1, 2], [2, 1]]]])  # (1, 1, 3, 2)
-    weights = exact([[0, 1, 0], [0, 0, 1]])  # by quality, by mark
-    logit = (h.features(candidates, 1) @ weights[:, None, :, None])[..., 0]
-    assert h.best_of_n(candidates, logit)[:, 0].tolist() == [[2, 1], [0, 3]]
-    by_square = exact([0, 0, 0, 0, 1, 0])  # x y is largest in the middle
-    logit = h.features(candidates, 2) @ by_square
-    assert h.best_of_n(candidates, logit)[0, 0].tolist() == [1, 2]
+    weights = exact([[1, 0], [0, 1]])  # by quality, by mark
+    assert h.best_of_n(candidates, weights)[:, 0].tolist() == [[2, 1], [0, 3]]
 
 
 def test_means_are_where_the_docstring_puts_them():
@@ -83,13 +72,12 @@ def test_means_are_where_the_docstring_puts_them():
 
 # ---- logistic regression ------------------------------------------------------------------------
 
-@pytest.mark.parametrize("degree", [1, 2])
-def test_logistic_regression_is_the_minimum_of_its_loss(degree):
+def test_logistic_regression_is_the_minimum_of_its_loss():
     """Failing: Newton's method has not arrived, or minimises something else."""
     negatives = normal_samples([0.0, 0.0], 3, 400, seed=1)
     positives = normal_samples([1.5, 2.0], 3, 400, seed=2)
-    w = h.logistic_regression(negatives, positives, degree).requires_grad_()
-    logit = [(h.features(z, degree) * w[:, None]).sum(-1) for z in (negatives, positives)]
+    w = h.logistic_regression(negatives, positives).requires_grad_()
+    logit = [w[:, :1] + (z * w[:, None, 1:]).sum(-1) for z in (negatives, positives)]
     softplus = torch.nn.functional.softplus
     (softplus(logit[0]).sum() + softplus(-logit[1]).sum() + (w ** 2).sum() / 200).backward()
     assert w.grad.abs().max() < 1e-8
@@ -107,17 +95,6 @@ def test_logistic_regression_finds_the_linear_discriminant():
     assert (w - exact([bias, 1.5, 1.0])).abs().max() < 0.03
 
 
-def test_logistic_regression_finds_the_quadratic_logit():
-    """Unequal spreads: within 0.1 of the exact quadratic near the clouds (standard error 0.02)."""
-    negatives = normal_samples([0.0, 0.0], 100_000, seed=1)
-    positives = normal_samples([1.0, 0.5], 100_000, spread=0.5, seed=2)
-    w = h.logistic_regression(negatives, positives, degree=2)
-    z, unit = normal_samples([0.5, 0.2], 50), torch.ones(2).double()
-    ideal = (h.log_density(z, exact([1.0, 0.5]), exact([1.0, 0.5]))
-             - h.log_density(z, exact([0.0, 0.0]), unit))
-    assert (h.features(z, 2) @ w - ideal).abs().max() < 0.1
-
-
 def test_separable_samples_give_finite_weights():
     """Failing: a demonstrator far enough away ends the run with nan."""
     negatives = normal_samples([0.0, 0.0], 50, seed=1)
@@ -128,14 +105,12 @@ def test_separable_samples_give_finite_weights():
 
 # ---- what the picture claims --------------------------------------------------------------------
 
-@pytest.mark.parametrize("case", ["offset", "narrow"])
-def test_trained_agrees_with_exact(case):
+def test_trained_agrees_with_exact():
     """Mean golden of 4 x 250 selections: within 0.1 of exact (standard error 0.02 to 0.03).
 
     Failing: closed form and experiment describe different things.
     """
-    narrow = 0.5 if case == "narrow" else 1.0
-    for of in h.sweep(SMALL, exact([0, 1, 2]), 0.0, narrow).values():
+    for of in h.sweep(SMALL, exact([0, 1, 2]), 0.0).values():
         assert (of["golden"].mean(0) - of["exact"]).abs().max() < 0.1
 
 
@@ -153,16 +128,6 @@ def test_init_sft_wins_with_a_foreign_demonstrator():
     for better, worse in itertools.pairwise(h.REWARDS):
         assert of[better]["golden"].min() > of[worse]["golden"].max()  # in every run
     assert of["sft-demo"]["mark"].mean() > 1.5 > 0.1 > of["init-sft"]["mark"].mean().abs()
-
-
-def test_a_demonstrator_who_is_merely_more_uniform_misleads_too():
-    """No offset, half the spread in the mark: the discriminators look for a middling mark.
-
-    Failing: the quadratic case ignores the demonstrator's spread.
-    """
-    of = h.sweep(SMALL, exact([0]), 0.0, narrow=0.5)
-    best, middle, worst = (of[reward]["exact"].item() for reward in h.REWARDS)
-    assert best - 0.1 > middle > worst + 0.1
 
 
 def test_init_sft_loses_once_sft_learns_the_mark():
@@ -196,8 +161,5 @@ def test_the_script_writes_its_files_and_repeats_itself(tmp_path, capsys):
         results.append({key: value for key, value in got.items() if key != "settings"})
         assert (tmp_path / name / "heterogeneity.png").stat().st_size > 10_000
     assert results[0] == results[1]
-    same, narrow = (results[0][key]["init-demo"]["exact"][0]
-                    for key in ("by_offset", "by_offset_narrow"))
-    assert narrow < same - 0.1  # standard error 0.03
     table = [line for line in capsys.readouterr().out.splitlines() if "written" not in line]
     assert max(map(len, table)) <= 80

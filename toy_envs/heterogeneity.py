@@ -20,7 +20,7 @@ ends where SFT does learn the mark: at leak = 1 its direction is that of (1, m),
 Left out here: many dimensions and few samples, where noise in w also favours the wider contrast.
 
 Run `python -m toy_envs.heterogeneity`. Shapes: B any leading batch (seeds, cases), K samples,
-N candidates, F features; a point's coordinates (quality, mark) come last. float64 throughout.
+N candidates; a point's coordinates (quality, mark) come last. float64 throughout.
 Reward models: arXiv:2405.15624; the plane is ours.
 """
 
@@ -41,8 +41,7 @@ REWARDS = {  # name: negatives, positives, label
 }
 OFFSETS = torch.linspace(0, 3, 7, dtype=torch.float64)
 LEAKS = torch.linspace(0, 1, 6, dtype=torch.float64)
-NARROW = 0.5  # spread of the mark of a demonstrator who is always alike
-MAX_ENTRIES = 20_000_000  # of the array of all features; a run holds about four such arrays
+MAX_ENTRIES = 20_000_000  # of the largest array; a run holds about four of its size
 
 
 @dataclass
@@ -66,7 +65,7 @@ def check(s):
     require(0 < s.quality <= 10 and s.quality != 1, f"--quality {s.quality}: above 0, at most 10, "
             "and not 1 (SFT-Demo would have nothing to tell apart without a mark)")
     require(abs(s.offset) <= 10, f"--offset {s.offset}: between -10 and 10 spreads")
-    entries = 6 * s.seeds * len(OFFSETS) * max(s.prompts * s.n, 2 * s.samples)  # six features
+    entries = 3 * s.seeds * len(OFFSETS) * max(s.prompts * s.n, 2 * s.samples)  # 1, x, y
     require(entries <= MAX_ENTRIES, "--seeds, --samples, --prompts and --n together ask for arrays "
                                     f"of {entries:,} entries; the limit is {MAX_ENTRIES:,}")
 
@@ -98,32 +97,21 @@ def best_of_n_shift(w, n):
     return expected_maximum(n) * w / w.norm(dim=-1, keepdim=True)
 
 
-def log_density(z, mean, spread):
-    """log N(z; mean, diag(spread^2)), (..., 2) -> (...): the exact logit is a difference of two."""
-    return torch.distributions.Normal(mean, spread).log_prob(z).sum(-1)
-
-
 # ---- the same from samples ----------------------------------------------------------------------
 
-def features(z, degree):
-    """(B, 2) -> (B, 3): 1, x, y; at degree 2 -> (B, 6): also x^2, xy, y^2."""
-    x, y = z.unbind(-1)
-    columns = [torch.ones_like(x), x, y]
-    return torch.stack(columns + [x * x, x * y, y * y] * (degree == 2), -1)
-
-
-def logistic_regression(negatives, positives, degree=1, width=10.0, iterations=20):
-    """Weights (B, F) of the discriminator's logit on features(z, degree), by Newton's method.
+def logistic_regression(negatives, positives, width=10.0, iterations=20):
+    """Weights (B, 3) of the discriminator's logit on (1, quality, mark), by Newton's method.
 
     Minimises the mean of softplus(-logit) over positives and of softplus(logit) over negatives,
     (B, K, 2) each, summed over K. A normal prior of the given width on each weight keeps them
     finite should the samples be separable, and is outweighed where thousands of them overlap.
     """
-    X = features(torch.cat([negatives, positives], -2), degree)
+    z = torch.cat([negatives, positives], -2)
+    X = torch.cat([torch.ones_like(z[..., :1]), z], -1)
     label = torch.zeros(X.shape[-2], dtype=X.dtype)
     label[negatives.shape[-2]:] = 1
-    ridge = torch.eye(X.shape[-1], dtype=X.dtype) / width ** 2
-    w = torch.zeros(*X.shape[:-2], X.shape[-1], dtype=X.dtype)
+    ridge = torch.eye(3, dtype=X.dtype) / width ** 2
+    w = torch.zeros(*X.shape[:-2], 3, dtype=X.dtype)
     for _ in range(iterations):
         p = torch.sigmoid((X @ w[..., None])[..., 0])
         gradient = ((p - label)[..., None] * X).sum(-2) + w @ ridge
@@ -132,42 +120,33 @@ def logistic_regression(negatives, positives, degree=1, width=10.0, iterations=2
     return w
 
 
-def best_of_n(candidates, logit):
-    """Of each N candidates (B, K, N, 2) the one of the highest logit (B, K, N): (B, K, 2)."""
-    return candidates.take_along_dim(logit.argmax(-1)[..., None, None], dim=-2)[..., 0, :]
+def best_of_n(candidates, w):
+    """Of each N candidates (B, K, N, 2) the one of the highest w.z, w (B, 2): (B, K, 2)."""
+    best = (candidates @ w[..., None, :, None])[..., 0].argmax(-1)
+    return candidates.take_along_dim(best[..., None, None], dim=-2)[..., 0, :]
 
 
-def sweep(s, offset, leak, narrow=1.0):
+def sweep(s, offset, leak):
     """Best-of-N by all three rewards over cases (offset and leak broadcast), trained and exact.
 
-    narrow is the spread of the demonstrator's mark; where it is not 1, the logit is quadratic.
-    Returns {reward: {"golden", "mark": means of the chosen (seeds, cases); "exact": golden (cases)
-    by the closed form, or by the exact logit on the same candidates where it is quadratic}}.
-    All sweeps draw the same noise, so that cases compare in pairs.
+    Returns {reward: {"golden", "mark": means of the chosen (seeds, cases); "exact": golden by the
+    closed form (cases)}}. All sweeps draw the same noise, so that cases compare in pairs.
     """
     generator = torch.Generator().manual_seed(s.seed)
-    degree, unit = (1 if narrow == 1 else 2), torch.ones(2, dtype=torch.float64)
-    spreads = {"init": unit, "sft": unit, "demo": unit * torch.tensor([1, narrow])}
     means = cloud_means(s.quality, offset, leak)
 
     def draw_from(name, *shape):
         noise = torch.randn(s.seeds, 1, *shape, 2, generator=generator, dtype=torch.float64)
-        return means[name].reshape(-1, *[1] * len(shape), 2) + noise * spreads[name]
+        return means[name].reshape(-1, *[1] * len(shape), 2) + noise
 
     samples = {name: draw_from(name, s.samples) for name in means}
     candidates = draw_from("sft", s.prompts, s.n)
     results = {}
     for reward, (negative, positive, _) in REWARDS.items():
-        w = logistic_regression(samples[negative], samples[positive], degree)
-        logit = (features(candidates, degree) @ w[..., None, :, None])[..., 0]
-        golden, mark = best_of_n(candidates, logit).mean(-2).unbind(-1)
-        if degree == 1:
-            exact = (means["sft"] + best_of_n_shift(means[positive] - means[negative], s.n))[:, 0]
-        else:
-            logit = (log_density(candidates, means[positive][:, None, None], spreads[positive])
-                     - log_density(candidates, means[negative][:, None, None], spreads[negative]))
-            exact = best_of_n(candidates, logit)[..., 0].mean((0, -1))
-        results[reward] = {"golden": golden, "mark": mark, "exact": exact}
+        w = logistic_regression(samples[negative], samples[positive])[..., 1:]  # without the bias
+        golden, mark = best_of_n(candidates, w).mean(-2).unbind(-1)
+        exact = means["sft"] + best_of_n_shift(means[positive] - means[negative], s.n)
+        results[reward] = {"golden": golden, "mark": mark, "exact": exact[:, 0]}
     return results
 
 
@@ -203,7 +182,7 @@ def draw_plane(ax, s):
         w, color = means[positive] - means[negative], COLORS[reward]
         candidates = means["sft"] + torch.randn(120, s.n, 2, generator=generator,
                                                 dtype=torch.float64)
-        ax.plot(*best_of_n(candidates, candidates @ w).T, ".", color=color, ms=3, alpha=0.6)
+        ax.plot(*best_of_n(candidates, w).T, ".", color=color, ms=3, alpha=0.6)
         end = means["sft"] + best_of_n_shift(w, s.n)
         ax.annotate("", end, means["sft"], arrowprops={
             "arrowstyle": "-|>", "mutation_scale": 18, "color": color, "lw": 3,
@@ -217,36 +196,28 @@ def draw_plane(ax, s):
            "(dots: chosen; arrow and number: their mean, its quality)")
 
 
-def draw(s, by_offset, by_leak, by_offset_narrow):
+def draw(s, by_offset, by_leak):
     """The figure: the plane, and golden quality against the mark's offset and against the leak."""
     figure, axes = pyplot().subplot_mosaic(
         [["plane", "above"], ["plane", "below"]], figsize=(10, 5.4), width_ratios=(1.15, 1))
     draw_plane(axes["plane"], s)
     above, below = axes["above"], axes["below"]
-    for ax, cases, results, line, marks in (
-            (above, OFFSETS, by_offset, "-", {"fmt": "o"}),
-            (above, OFFSETS, by_offset_narrow, ":", {"fmt": "s", "mfc": "white"}),
-            (below, LEAKS, by_leak, "-", {"fmt": "o"})):
+    for ax, cases, results in ((above, OFFSETS, by_offset), (below, LEAKS, by_leak)):
         for reward, (_, _, label) in REWARDS.items():
-            color = COLORS[reward]
-            ax.plot(cases, results[reward]["exact"], line, color=color,
-                    label=label if ax is below else None)
-            ax.errorbar(cases, *results[reward]["golden"], color=color, ms=4, **marks)
-    above.plot([], [], "k-o", ms=4, label="all spreads equal")
-    above.plot([], [], "k:s", ms=4, mfc="white", label=f"demonstrator's mark: spread {NARROW:g}")
-    for height, name, label in ((s.quality, "demo", "demonstrator's mean"),
-                                (1, "sft", r"$\pi_{SFT}$'s mean")):
-        for ax in (above, below):
+            ax.plot(cases, results[reward]["exact"], color=COLORS[reward], label=label)
+            ax.errorbar(cases, *results[reward]["golden"], color=COLORS[reward], fmt="o", ms=4)
+        for height, name, label in ((s.quality, "demo", "demonstrator's mean"),
+                                    (1, "sft", r"$\pi_{SFT}$'s mean")):
             ax.axhline(height, color=COLORS[name], lw=1, alpha=0.5)
-        above.annotate(label, (0, height), xytext=(0, 2), textcoords="offset points", size=8,
-                       color=COLORS[name])
-    above.legend(loc="upper right", ncols=2)
+            if ax is above:
+                ax.annotate(label, (0, height), xytext=(0, 2), textcoords="offset points", size=8,
+                            color=COLORS[name])
+        ax.set_ylabel(f"quality of best-of-{s.n}")
     below.legend()
     above.set(xlabel="offset of the demonstrator's mark (lines: exact, points: trained)",
-              ylabel=f"quality of best-of-{s.n}", ylim=(None, 3.4),  # room for the legend
               title="a foreign demonstrator misleads all but Init-SFT")
     below.set(xlabel=f"share of the mark that $\\pi_{{SFT}}$ learns (offset {s.offset:g})",
-              ylabel=f"quality of best-of-{s.n}", title="... unless SFT learns the mark as well")
+              title="... unless SFT learns the mark as well")
     return figure
 
 
@@ -258,14 +229,12 @@ def summarise(results):
 
 
 def main(s):
-    """Run the three sweeps, print the tables, write heterogeneity.png and results.json."""
+    """Run the two sweeps, print the tables, write heterogeneity.png and results.json."""
     check(s)
     out = make_folder(s.out)
     sweeps = {"by_offset": summarise(sweep(s, OFFSETS, 0.0)),
-              "by_leak": summarise(sweep(s, s.offset, LEAKS)),
-              "by_offset_narrow": summarise(sweep(s, OFFSETS, 0.0, NARROW))}
-    print_tables(s, zip(("mark's offset", "mark learned", f"offset, spread {NARROW:g}"),
-                        (OFFSETS, LEAKS, OFFSETS), sweeps.values()))
+              "by_leak": summarise(sweep(s, s.offset, LEAKS))}
+    print_tables(s, zip(("mark's offset", "mark learned"), (OFFSETS, LEAKS), sweeps.values()))
     print(f"\n± is a 95% interval over {s.seeds} runs")
     results = {"offsets": OFFSETS.tolist(), "leaks": LEAKS.tolist(), **sweeps}
     write_world(out, s, results, {"heterogeneity": draw(s, **sweeps)})
