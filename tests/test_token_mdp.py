@@ -306,6 +306,12 @@ def test_typical_sequences_are_in_proportion():
     assert typical_sequences(logp, 10).tolist() == [1] * 6 + [2] * 3 + [0]
 
 
+def test_typical_sequences_break_ties_in_dictionary_order():
+    """A failure means that the README's picture depends on the machine's rounding."""
+    p = torch.tensor([0.25 - 1e-12, 0.25, 0.25 + 1e-12, 0.25], dtype=torch.float64)
+    assert typical_sequences(p.log(), 4).tolist() == [0, 1, 2, 3]
+
+
 def test_tables_fit_a_terminal(demo, solutions, capsys):
     """A failure means that a row breaks where seven divergences end in five sets of styles."""
     rows = summarise(demo, solutions)

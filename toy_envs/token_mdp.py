@@ -324,10 +324,11 @@ def print_tables(s, demo, rows, curves):
 
 def typical_sequences(logp, count):
     """`count` sequence indices in proportion to their probabilities, likeliest first, no chance
-    involved: one at the middle of each of `count` equal slices of the cumulative distribution."""
-    p, order = logp.exp().sort(descending=True)
-    slices = (torch.arange(count, dtype=p.dtype) + 0.5) / count
-    return order[torch.searchsorted(p.cumsum(0), slices).clamp(max=len(p) - 1)]
+    involved: one at the middle of each of `count` equal slices of the cumulative distribution.
+    Sequences that differ by rounding errors alone are in dictionary order."""
+    order = logp.round(decimals=4).argsort(descending=True, stable=True)
+    slices = (torch.arange(count, dtype=logp.dtype) + 0.5) / count
+    return order[torch.searchsorted(logp[order].exp().cumsum(0), slices).clamp(max=len(logp) - 1)]
 
 
 def draw_page(axes, demo, logp, title, count=20):
