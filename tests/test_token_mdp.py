@@ -13,8 +13,8 @@ from toy_envs.token_mdp import (
     MAX_SEQUENCES, Settings, all_sequences, check_enumerable, demonstrator_log_prob,
     demonstrator_occupancies, demonstrator_of, describe, horizon_curve, main,
     make_demonstrator, nobody_wrote, occupancies, policy_from_roots, policy_log_prob,
-    sequence_index, sequence_log_prob, sft_optimum, solve_all, solve_exactly, starting_points,
-    styles_found, summarise, typical_sequences)
+    print_tables, sequence_index, sequence_log_prob, sft_optimum, solve_all, solve_exactly,
+    starting_points, styles_found, summarise, typical_sequences)
 
 PATTERNS = ["aaaa", "abca", "dcdc"]
 
@@ -304,6 +304,22 @@ def test_typical_sequences_are_in_proportion():
     """A failure means that the page of samples is not what the policy writes."""
     logp = torch.tensor([0.1, 0.6, 0.3], dtype=torch.float64).log()
     assert typical_sequences(logp, 10).tolist() == [1] * 6 + [2] * 3 + [0]
+
+
+def test_typical_sequences_break_ties_in_dictionary_order():
+    """A failure means that the README's picture depends on the machine's rounding."""
+    p = torch.tensor([0.25 - 1e-12, 0.25, 0.25 + 1e-12, 0.25], dtype=torch.float64)
+    assert typical_sequences(p.log(), 4).tolist() == [0, 1, 2, 3]
+
+
+def test_tables_fit_a_terminal(demo, solutions, capsys):
+    """A failure means that a row breaks where seven divergences end in five sets of styles."""
+    rows = summarise(demo, solutions)
+    for row in rows:
+        row["found"] = {"1+3": 3, "1": 4, "2+3": 3, "2": 1, "3": 1}
+    curves = {memory: horizon_curve(range(1, 25), memory) for memory in (0, 1)}
+    print_tables(Settings(), demo, rows, curves)
+    assert max(len(line) for line in capsys.readouterr().out.splitlines()) <= 80
 
 
 def test_default_demonstrator_and_main(tmp_path, capsys):

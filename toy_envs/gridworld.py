@@ -11,9 +11,9 @@ makes a policy:
   some actions lead back to states that were seen, and these are worth more.
 - MaxEnt IRL knows P too. It finds a reward under which the demonstrations are likely, then plans.
 
-Known dynamics are worth most with one demonstration. With a hundred hardly a state is unseen, and
-cloning is as good or slightly better: matching also copies the luck of the sample. P plays the
-part of concatenation in the token MDP. Run `python -m toy_envs.gridworld`.
+Known dynamics, which in the token MDP are concatenation, are worth most with one demonstration.
+With a hundred hardly a state is unseen, and cloning is as good or slightly better: matching also
+copies the luck of the sample. Run `python -m toy_envs.gridworld`.
 
 Shapes: T horizon, S states, A actions; B any leading batch (seeds, numbers of demonstrations).
 Time-indexed arrays follow the published recurrences: V[t,s], Q[t,s,a], policy[t,s,a] = pi_t(a|s),
@@ -53,10 +53,22 @@ class Settings:
     demos: str = setting("1,3,10,30,100", "numbers of demonstrations, comma-separated")
     slip: float = setting(0.2, "probability of a step to the side (Russell and Norvig's 0.1 each)")
     horizon: int = setting(35, "steps of an episode: twice what the longer way takes, 14 / 0.8")
-    temperature: float = setting(0.2, "of the demonstrator: a wasted step is e^5 times less likely")
-    rounds: int = setting(100, "rounds of occupancy matching")
-    step: float = setting(0.1, "step size of the policy in occupancy matching (0.5 oscillates)")
     out: str = setting("out/gridworld", "folder for gridworld.png and results.json")
+
+
+def checked_counts(s):
+    """The numbers of demonstrations, ascending; InputError where a setting makes no sense."""
+    try:
+        counts = sorted({int(word) for word in s.demos.split(",")})
+    except ValueError:
+        raise InputError(f"--demos {s.demos}: expected whole numbers, like 1,10,100") from None
+    require(min(counts[0], s.horizon) >= 1, "--demos and --horizon must be at least 1")
+    require(s.seeds >= 2, f"--seeds {s.seeds}: an interval needs at least 2")
+    require(0 <= s.slip <= 1, f"--slip {s.slip}: a probability lies between 0 and 1")
+    entries = s.seeds * s.horizon * max(len(counts) * len("".join(MAP)) * 4, counts[-1])
+    require(entries <= MAX_ENTRIES, "--seeds, --demos and --horizon together ask for arrays of "
+                                    f"{entries:,} entries; the limit is {MAX_ENTRIES:,}")
+    return counts
 
 
 @dataclass(frozen=True)
@@ -69,7 +81,7 @@ class World:
     P: torch.Tensor
     start: torch.Tensor
     golden: torch.Tensor
-    cells: str
+    cells: str          # the map, row by row
     width: int
 
 
@@ -88,13 +100,12 @@ def read_map(rows, slip):
                 inside = 0 <= row < len(rows) and 0 <= column < width
                 to = row * width + column if inside and cell not in "xG" else s
                 P[s, a, to] += probability
-    golden = marked(cells, "G") - marked(cells, "x")
-    return World(P, marked(cells, "S"), golden, cells, width)
+    return World(P, marked(cells, "S"), marked(cells, "G") - marked(cells, "x"), cells, width)
 
 
-def marked(cells, character):
-    """1.0 at the cells that hold the character, 0.0 elsewhere: (S,)."""
-    return torch.tensor([float(cell == character) for cell in cells], dtype=torch.float64)
+def marked(cells, characters):
+    """1.0 at the cells that hold one of the characters, 0.0 elsewhere: (S,)."""
+    return torch.tensor([float(cell in characters) for cell in cells], dtype=torch.float64)
 
 
 # ---- dynamic programming ------------------------------------------------------------------------
@@ -150,8 +161,9 @@ def over_time(policy, T):
 
 # ---- the demonstrator ---------------------------------------------------------------------------
 
-def route_policies(world, horizon, temperature):
-    """The demonstrator's two ways, (2, T, S, A): near-optimal where the other's gate costs 1."""
+def route_policies(world, horizon, temperature=0.2):
+    """The demonstrator's two ways, (2, T, S, A): near-optimal where the other's gate costs 1. At
+    the default temperature a wasted step is e^5 times less likely."""
     gates = torch.stack([marked(world.cells, "l"), marked(world.cells, "u")])
     reward = (world.golden - gates)[..., None].expand(-1, -1, len(MOVES))
     return soft_value_iteration(world.P, reward, horizon, temperature)[1]
@@ -177,10 +189,9 @@ def sample_walks(P, start, policies, shape, generator):
 def empirical_occupancy(states, actions, S, A):
     """Steps per walk spent in each (s,a), mean over walks: (..., n, T) -> (..., S, A), sum T."""
     index = (states * A + actions).flatten(-2)
-    n = states.shape[-2]
     count = torch.zeros(*index.shape[:-1], S * A, dtype=torch.float64)
-    count.scatter_add_(-1, index, torch.ones(index.shape, dtype=torch.float64))
-    return count.reshape(*index.shape[:-1], S, A) / n
+    count.scatter_add_(-1, index, torch.ones_like(index, dtype=torch.float64))
+    return count.unflatten(-1, (S, A)) / states.shape[-2]
 
 
 # ---- three ways to learn from it ----------------------------------------------------------------
@@ -188,10 +199,9 @@ def empirical_occupancy(states, actions, S, A):
 def behaviour_cloning(rho_demo, distance=None):
     """The maximum-likelihood policy pi(a|s) = rho_demo(s,a) / rho_demo(s): (..., S, A), for all t.
 
-    A state without data does not enter the likelihood: *no* policy there is likelier than another,
-    and a softmax started at zero stays uniform. A better answer must know something of the world:
-    given a distance (S, S), an unseen state copies the nearest seen one (ties: the first). That is
-    knowledge of geometry, not yet of dynamics, and in an open field it goes a long way.
+    A state without data does not enter the likelihood: no policy there is likelier than another,
+    and it stays uniform. A better answer must know something of the world: given a distance (S, S),
+    an unseen state copies the nearest seen one (ties: the first), which is geometry, not dynamics.
     """
     seen = rho_demo.sum(-1)
     policy = torch.nan_to_num(rho_demo / seen[..., None], nan=1 / rho_demo.shape[-1])  # 0/0: unseen
@@ -212,14 +222,14 @@ def log_ratio(rho_demo, rho, floor):
     return torch.log(rho_demo + floor) - torch.log(rho + floor)
 
 
-def occupancy_matching(P, start, rho_demo, horizon, reward, rounds, step, floor=0.01):
+def occupancy_matching(P, start, rho_demo, horizon, reward, rounds=100, step=0.1, floor=0.01):
     """Adversarial imitation, discriminator and roll-outs exact: minimise D_f(demo || policy).
 
     Each round: h = the discriminator's optimum against the policy's own occupancy; r = reward(h),
     held constant (h for the reverse KL, softplus(h) for Jensen-Shannon, which is GAIL); one step of
     the natural policy gradient (Kakade 2001), which adds step * A[t,s,a] to the logits. The plain
     gradient weighs that by mu_t(s), and so would hardly move in the states into which the policy
-    seldom slips: the very ones that matter here.
+    seldom slips: the very ones that matter here. At step 0.5 it oscillates.
     rho_demo (..., S, A) in steps per walk; the default floor is one step in a hundred walks.
     Returns policy (..., T, S, A). It starts uniform: nothing is borrowed from behaviour cloning.
     """
@@ -260,7 +270,7 @@ def maxent_irl(P, start, rho_demo, horizon, precision, iterations=200):
     return w, soft_value_iteration(P, w[..., None].expand_as(rho_demo), horizon)[1]
 
 
-# ---- how good it is -----------------------------------------------------------------------------
+# ---- the experiment -----------------------------------------------------------------------------
 
 def score(world, rho, seen):
     """Golden return, failure rate and drift of occupancies (..., T, S, A), each of shape (...).
@@ -268,11 +278,10 @@ def score(world, rho, seen):
     Failure: not in the goal at the last step. Drift: steps spent in cells that no demonstration
     entered, seen (..., S), lava and goal (where the walk is over) not counted.
     """
-    mu = rho.sum((-3, -1))
-    end = rho[..., -1, :, :].sum(-1)
-    absorbing = marked(world.cells, "G") + marked(world.cells, "x")
+    mu, end = rho.sum((-3, -1)), rho[..., -1, :, :].sum(-1)
+    walking = 1 - marked(world.cells, "Gx")
     return {"return": mu @ world.golden, "failure": 1 - end @ marked(world.cells, "G"),
-            "drift": (mu * ~seen * (1 - absorbing)).sum(-1)}
+            "drift": (mu * ~seen * walking).sum(-1)}
 
 
 def mean_and_interval(x):
@@ -280,58 +289,39 @@ def mean_and_interval(x):
     return x.mean(0), student_t(len(x) - 1) * x.std(0) / math.sqrt(len(x))
 
 
-# ---- the experiment -----------------------------------------------------------------------------
-
-def checked_counts(s):
-    """The numbers of demonstrations, ascending; InputError where a setting makes no sense."""
-    try:
-        counts = sorted({int(word) for word in s.demos.split(",")})
-    except ValueError:
-        raise InputError(f"--demos {s.demos}: expected whole numbers, like 1,10,100") from None
-    require(counts[0] >= 1, f"--demos {s.demos}: each must be at least 1")
-    require(s.seeds >= 2, f"--seeds {s.seeds}: an interval needs at least 2")
-    require(min(s.horizon, s.rounds) >= 1, "--horizon and --rounds must be at least 1")
-    require(0 <= s.slip <= 1, f"--slip {s.slip}: a probability lies between 0 and 1")
-    require(0 < s.temperature < math.inf and 0 < s.step < math.inf,
-            "--temperature and --step must be above 0 and finite")
-    entries = s.seeds * s.horizon * max(len(counts) * len("".join(MAP)) * 4, counts[-1])
-    require(entries <= MAX_ENTRIES, "--seeds, --demos and --horizon together ask for arrays of "
-                                    f"{entries:,} entries; the limit is {MAX_ENTRIES:,}")
-    return counts
-
-
 def experiment(world, s, counts):
     """Every method on every set of demonstrations: (seeds, numbers of demonstrations) at once.
 
     Returns scores {method: {measure: (seeds, counts)}}, the demonstrator's own {measure: ()}, and
-    what the figure draws: steps spent {method: (seeds, counts, S)}, seen and reward the same.
+    the figure's maps: steps spent {method: (seeds, counts, S)}, cells seen and reward the same.
     """
     P, start, T, S = world.P, world.start, s.horizon, len(world.cells)
     generator = torch.Generator().manual_seed(s.seed)
-    experts = route_policies(world, T, s.temperature)
+    experts = route_policies(world, T)
     # a seed's first n walks are its n demonstrations, so that methods and numbers compare in pairs
     states, actions = sample_walks(P, start, experts, (s.seeds, counts[-1]), generator)
     rho_demo = torch.stack([empirical_occupancy(states[:, :n], actions[:, :n], S, len(MOVES))
                             for n in counts], 1)
-    place = torch.stack([torch.arange(S) // world.width, torch.arange(S) % world.width], -1)
-    distance = torch.cdist(place.double(), place.double(), p=1)
+    place = torch.cartesian_prod(torch.arange(S // world.width), torch.arange(world.width)).double()
     prior = 1 / torch.tensor(counts)[:, None]  # a width of 1 nat per cell
     reward, planned = maxent_irl(P, start, rho_demo, T, prior)
     policies = {
         "BC": over_time(behaviour_cloning(rho_demo), T),
-        "BC nearest": over_time(behaviour_cloning(rho_demo, distance), T),
-        "matching KL": occupancy_matching(P, start, rho_demo, T, lambda h: h, s.rounds, s.step),
-        "matching JS": occupancy_matching(P, start, rho_demo, T, softplus, s.rounds, s.step),
+        "BC nearest": over_time(behaviour_cloning(rho_demo, torch.cdist(place, place, p=1)), T),
+        "matching KL": occupancy_matching(P, start, rho_demo, T, lambda h: h),
+        "matching JS": occupancy_matching(P, start, rho_demo, T, softplus),
         "MaxEnt IRL": planned,
     }
-    seen = rho_demo.sum(-1) > 0
-    rho = {name: occupancy(P, start, policy) for name, policy in policies.items()}
-    rho_expert = occupancy(P, start, experts).mean(0)
-    scores = {name: score(world, each, seen) for name, each in rho.items()}
-    maps = {"expert": rho_expert.sum((0, 2)), "seen": seen, "reward": reward,
-            **{name: each.sum((-3, -1)) for name, each in rho.items()}}
-    return scores, score(world, rho_expert, torch.ones(S, dtype=torch.bool)), maps
+    maps, scores = {"seen": rho_demo.sum(-1) > 0, "reward": reward}, {}
+    for name, policy in policies.items():
+        rho = occupancy(P, start, policy)
+        maps[name], scores[name] = rho.sum((-3, -1)), score(world, rho, maps["seen"])
+    rho = occupancy(P, start, experts).mean(0)
+    maps["expert"] = rho.sum((0, 2))
+    return scores, score(world, rho, torch.ones(S, dtype=torch.bool)), maps
 
+
+# ---- what it prints and draws -------------------------------------------------------------------
 
 def print_tables(summary, expert, counts):
     """Each measure by method (rows) and number of demonstrations (columns): mean and 95%."""
@@ -348,7 +338,7 @@ def print_tables(summary, expert, counts):
 
 def draw_map(ax, world, values, title, seen=None, **colours):
     """One map of values (S,), with S, G, the lava and dots on the cells seen (S,)."""
-    image = ax.imshow(values.reshape(-1, world.width), aspect="auto", **colours)
+    ax.imshow(values.reshape(-1, world.width), aspect="auto", **colours)
     for s, cell in enumerate(world.cells):
         if cell in "SGx" or (seen is not None and seen[s]):
             mark = {"S": "S", "G": "G", "x": "×"}.get(cell, "•")
@@ -356,30 +346,26 @@ def draw_map(ax, world, values, title, seen=None, **colours):
                     weight="bold", color=COLORS["sft-demo" if cell == "x" else "demo"])
     ax.set(title=title, xticks=[], yticks=[])
     ax.grid(False)
-    return image
 
 
 def draw(world, scores, summary, expert, maps, counts):
     """The figure: where the first seed's learners go, the reward found, return and failure."""
     figure = pyplot().figure(figsize=(10, 5.8))
     above, below = figure.subfigures(2, 1)
-    axes = above.subplots(1, 4)
-    first = [f"{counts[0]} demo\nfails {scores[name]['failure'][0, 0]:.0%}"
-             for name in ("BC", "matching KL")]
-    for ax, values, title, seen in (
-            (axes[0], maps["expert"],
-             f"demonstrator: two routes\nfails {expert['failure']:.1%}", None),
-            (axes[1], maps["BC"][0, 0], f"behaviour cloning, {first[0]}", maps["seen"][0, 0]),
-            (axes[2], maps["matching KL"][0, 0], f"occupancy matching, {first[1]}",
-             maps["seen"][0, 0])):
-        steps = draw_map(ax, world, values.clamp(0.02, 20), title, seen, cmap="Greys", norm="log")
-        steps.set_clim(0.02, 20)
-    above.colorbar(steps, ax=axes[:3], location="bottom", aspect=60,
+    *axes, last = above.subplots(1, 4)
+    steps = {"cmap": "Greys", "norm": "log", "vmin": 0.02, "vmax": 20}
+    draw_map(axes[0], world, maps["expert"].clamp(min=0.02),
+             f"demonstrator: two routes\nfails {expert['failure']:.1%}", **steps)
+    for ax, name, title in ((axes[1], "BC", "behaviour cloning"),
+                            (axes[2], "matching KL", "occupancy matching")):
+        draw_map(ax, world, maps[name][0, 0].clamp(min=0.02), f"{title}, {counts[0]} demo\nfails "
+                 f"{scores[name]['failure'][0, 0]:.0%}", maps["seen"][0, 0], **steps)
+    above.colorbar(ax.images[0], ax=axes, location="bottom", aspect=60,
                    label="steps spent (• cell in the demonstration, × lava)")
     reward = maps["reward"][:, -1].mean(0)
-    nats = draw_map(axes[3], world, reward, f"reward by MaxEnt IRL\n{counts[-1]} demos, mean of "
-                    "seeds", cmap="RdBu", vmin=-reward.abs().max(), vmax=reward.abs().max())
-    above.colorbar(nats, ax=axes[3], location="bottom", label="nats per step")
+    draw_map(last, world, reward, f"reward by MaxEnt IRL\n{counts[-1]} demos, mean of seeds",
+             cmap="RdBu", vmin=-reward.abs().max(), vmax=reward.abs().max())
+    above.colorbar(last.images[0], ax=last, location="bottom", label="nats per step")
     colours = ("forward_kl", "forward_kl", "reverse_kl", "jensen_shannon", "length")
     for ax, measure, label in zip(below.subplots(1, 2), ("return", "failure"),
                                   ("golden return (steps)", "failure rate")):

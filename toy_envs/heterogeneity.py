@@ -1,15 +1,15 @@
 """Which negatives, which positives: why Init-SFT, in one picture of the plane.
 
 A response is a point z = (quality, mark): how good it is, which the golden reward reads off, and
-who wrote it, which golden ignores. Three writers are Gaussian clouds with one covariance Sigma:
+who wrote it, which golden ignores. Three writers are Gaussian clouds, of unit spread:
 
-    pi_0 ~ N((0, 0), Sigma)    pi_SFT ~ N((1, leak m), Sigma)    demonstrator ~ N((q, m), Sigma)
+    pi_0 ~ N((0, 0), I)    pi_SFT ~ N((1, leak m), I)    demonstrator ~ N((q, m), I)
 
 The demonstrator writes better than pi_SFT (q > 1) and bears a mark of its own, m away, of which the
-policy can learn to produce the share `leak`: by default none. All units are pi_SFT's own spread.
+policy can learn to produce the share `leak`: by default none.
 
-The optimal logit between two clouds is linear, w.z + b with w = Sigma^-1 (mu_1 - mu_0) (Fisher's
-discriminant; mu_1 the positives). Best-of-N by w.z then moves pi_SFT's mean along mu_1 - mu_0:
+The optimal logit between two clouds is linear, w.z + b with w = mu_1 - mu_0 (Fisher's discriminant;
+mu_1 the positives). Best-of-N by w.z then moves pi_SFT's mean along w:
 
     Init-SFT  (1, leak m)      Init-Demo  (q, m)      SFT-Demo  (q - 1, (1 - leak) m)
 
@@ -20,7 +20,7 @@ ends where SFT does learn the mark: at leak = 1 its direction is that of (1, m),
 Left out here: many dimensions and few samples, where noise in w also favours the wider contrast.
 
 Run `python -m toy_envs.heterogeneity`. Shapes: B any leading batch (seeds, cases), K samples,
-N candidates, F features; a point's coordinates (quality, mark) come last. float64 throughout.
+N candidates; a point's coordinates (quality, mark) come last. float64 throughout.
 Reward models: arXiv:2405.15624; the plane is ours.
 """
 
@@ -41,7 +41,7 @@ REWARDS = {  # name: negatives, positives, label
 }
 OFFSETS = torch.linspace(0, 3, 7, dtype=torch.float64)
 LEAKS = torch.linspace(0, 1, 6, dtype=torch.float64)
-MAX_ENTRIES = 20_000_000  # of the array of all features; a run holds about four such arrays
+MAX_ENTRIES = 20_000_000  # of the largest array; a run holds about four of its size
 
 
 @dataclass
@@ -54,17 +54,23 @@ class Settings:
     n: int = setting(16, "candidates in best-of-N")
     quality: float = setting(1.5, "the demonstrator's mean quality; pi_0 has 0, pi_SFT 1")
     offset: float = setting(2.0, "the demonstrator's mark in the picture and in the sweep of leaks")
-    correlation: float = setting(0.0, "of quality and mark within each cloud")
-    narrow: float = setting(0.5, "spread of the mark for a demonstrator who is always alike")
     out: str = setting("out/heterogeneity", "folder for heterogeneity.png and results.json")
 
 
+def check(s):
+    """Raises InputError where a setting makes no sense or would ask for too much memory."""
+    require(s.seeds >= 2, f"--seeds {s.seeds}: an interval needs at least 2")
+    require(s.samples >= 10, f"--samples {s.samples}: a discriminator needs at least 10")
+    require(min(s.prompts, s.n) >= 1, "--prompts and --n must be at least 1")
+    require(0 < s.quality <= 10 and s.quality != 1, f"--quality {s.quality}: above 0, at most 10, "
+            "and not 1 (SFT-Demo would have nothing to tell apart without a mark)")
+    require(abs(s.offset) <= 10, f"--offset {s.offset}: between -10 and 10 spreads")
+    entries = 3 * s.seeds * len(OFFSETS) * max(s.prompts * s.n, 2 * s.samples)  # 1, x, y
+    require(entries <= MAX_ENTRIES, "--seeds, --samples, --prompts and --n together ask for arrays "
+                                    f"of {entries:,} entries; the limit is {MAX_ENTRIES:,}")
+
+
 # ---- closed forms -------------------------------------------------------------------------------
-
-def covariance(s):
-    """Sigma (2, 2): unit spreads, correlated as the settings say."""
-    return torch.tensor([[1, s.correlation], [s.correlation, 1]], dtype=torch.float64)
-
 
 def cloud_means(quality, offset, leak):
     """The three means (B, 2), by name; offset and leak broadcast to B."""
@@ -75,70 +81,37 @@ def cloud_means(quality, offset, leak):
             "demo": torch.stack([zero + quality, zero + offset], -1)}
 
 
-def linear_discriminant(negative, positive, cov):
-    """w = cov^-1 (positive - negative): the optimal logit's direction, for means (B, 2)."""
-    return torch.linalg.solve(cov, (positive - negative)[..., None])[..., 0]
-
-
 def expected_maximum(n):
-    """E[max of n standard normals] = integral of x n phi(x) Phi(x)^(n-1), by the trapezoid rule.
-
-    The integrand is smooth and vanishes at both ends, where the rule converges beyond any power.
-    """
+    """E[max of n standard normals] = integral of x n phi(x) Phi(x)^(n-1), by the trapezoid rule."""
     x = torch.linspace(-12, 12, 4001, dtype=torch.float64)
     log_density = math.log(n) - x ** 2 / 2 - math.log(2 * math.pi) / 2
     log_density = log_density + (n - 1) * torch.special.log_ndtr(x)
     return torch.trapezoid(x * log_density.exp(), x).item()
 
 
-def best_of_n_shift(w, cov, n):
-    """E[z of the best of n by w.z] - E[z] = E[max of n] cov w / sqrt(w.cov.w), for z ~ N(., cov).
+def best_of_n_shift(w, n):
+    """E[z of the best of n by w.z] - E[z] = E[max of n] w / |w|, for z ~ N(., I): w (B, 2) -> same.
 
-    The score is normal, so its best is E[max] of its own standard deviations up, and z follows by
-    regression on the score. In quality that is E[max] times the correlation of score and quality.
-    w (B, 2) -> (B, 2) in units of z.
+    The score w.z is normal, so its best is E[max] of its own spread |w| up; across w, z is free.
     """
-    cov_w = w @ cov
-    return expected_maximum(n) * cov_w / (w * cov_w).sum(-1, keepdim=True).sqrt()
-
-
-def log_ratio_weights(negative, positive, cov_negative, cov_positive):
-    """Weights (B, 6) on features(z, 2) of log N(z; positive) - log N(z; negative).
-
-    log N = -z.A.z/2 + z.A mu - mu.A mu/2 + log det(A)/2 + const, with A = cov^-1: quadratic in z,
-    and linear (the linear discriminant) where the two covariances agree.
-    """
-    total = 0.0
-    for sign, mu, cov in ((1, positive, cov_positive), (-1, negative, cov_negative)):
-        A = torch.linalg.inv(cov)
-        A_mu = mu @ A
-        constant = (torch.logdet(A) - (mu * A_mu).sum(-1, keepdim=True)) / 2
-        square = -torch.stack([A[0, 0] / 2, A[0, 1], A[1, 1] / 2]).expand(*mu.shape[:-1], 3)
-        total = total + sign * torch.cat([constant, A_mu, square], -1)
-    return total
+    return expected_maximum(n) * w / w.norm(dim=-1, keepdim=True)
 
 
 # ---- the same from samples ----------------------------------------------------------------------
 
-def features(z, degree):
-    """(B, 2) -> (B, 3): 1, x, y; at degree 2 -> (B, 6): also x^2, xy, y^2."""
-    x, y = z.unbind(-1)
-    columns = [torch.ones_like(x), x, y]
-    return torch.stack(columns + [x * x, x * y, y * y] * (degree == 2), -1)
-
-
-def logistic_regression(negatives, positives, degree=1, width=10.0, iterations=20):
-    """Weights (B, F) of the discriminator's logit on features(z, degree), by Newton's method.
+def logistic_regression(negatives, positives, width=10.0, iterations=20):
+    """Weights (B, 3) of the discriminator's logit on (1, quality, mark), by Newton's method.
 
     Minimises the mean of softplus(-logit) over positives and of softplus(logit) over negatives,
     (B, K, 2) each, summed over K. A normal prior of the given width on each weight keeps them
     finite should the samples be separable, and is outweighed where thousands of them overlap.
     """
-    X = features(torch.cat([negatives, positives], -2), degree)
+    z = torch.cat([negatives, positives], -2)
+    X = torch.cat([torch.ones_like(z[..., :1]), z], -1)
     label = torch.zeros(X.shape[-2], dtype=X.dtype)
     label[negatives.shape[-2]:] = 1
-    ridge = torch.eye(X.shape[-1], dtype=X.dtype) / width ** 2
-    w = torch.zeros(*X.shape[:-2], X.shape[-1], dtype=X.dtype)
+    ridge = torch.eye(3, dtype=X.dtype) / width ** 2
+    w = torch.zeros(*X.shape[:-2], 3, dtype=X.dtype)
     for _ in range(iterations):
         p = torch.sigmoid((X @ w[..., None])[..., 0])
         gradient = ((p - label)[..., None] * X).sum(-2) + w @ ridge
@@ -147,64 +120,37 @@ def logistic_regression(negatives, positives, degree=1, width=10.0, iterations=2
     return w
 
 
-def best_of_n(candidates, w, degree=1):
-    """The best of N by logit: candidates (B, K, N, 2), weights (B, F) -> the chosen (B, K, 2)."""
-    logit = (features(candidates, degree) @ w[..., None, :, None])[..., 0]
-    best = logit.argmax(-1)[..., None, None].expand(*logit.shape[:-1], 1, 2)
-    return candidates.expand(*logit.shape, 2).gather(-2, best)[..., 0, :]
+def best_of_n(candidates, w):
+    """Of each N candidates (B, K, N, 2) the one of the highest w.z, w (B, 2): (B, K, 2)."""
+    best = (candidates @ w[..., None, :, None])[..., 0].argmax(-1)
+    return candidates.take_along_dim(best[..., None, None], dim=-2)[..., 0, :]
 
 
-# ---- the experiment -----------------------------------------------------------------------------
-
-def check(s):
-    """Raises InputError where a setting makes no sense or would ask for too much memory."""
-    require(s.seeds >= 2, f"--seeds {s.seeds}: an interval needs at least 2")
-    require(s.samples >= 10, f"--samples {s.samples}: a discriminator needs at least 10")
-    require(min(s.prompts, s.n) >= 1, "--prompts and --n must be at least 1")
-    require(0 < s.quality <= 10 and s.quality != 1, f"--quality {s.quality}: above 0, at most 10, "
-            "and not 1 (SFT-Demo would have nothing to tell apart without a mark)")
-    require(abs(s.offset) <= 10, f"--offset {s.offset}: between -10 and 10 spreads")
-    require(abs(s.correlation) < 1, f"--correlation {s.correlation}: between -1 and 1")
-    require(0.1 <= s.narrow <= 10, f"--narrow {s.narrow}: a spread between 0.1 and 10")
-    entries = 6 * s.seeds * len(OFFSETS) * max(s.prompts * s.n, 2 * s.samples)  # six features
-    require(entries <= MAX_ENTRIES, "--seeds, --samples, --prompts and --n together ask for arrays "
-                                    f"of {entries:,} entries; the limit is {MAX_ENTRIES:,}")
-
-
-def sweep(s, offset, leak, narrow=1.0, degree=1):
+def sweep(s, offset, leak):
     """Best-of-N by all three rewards over cases (offset and leak broadcast), trained and exact.
 
-    Returns {reward: {"golden", "mark": means of the chosen (seeds, cases); "exact": golden (cases)
-    by the closed form at degree 1, and by the exact logit on the same candidates at degree 2}}.
-    All sweeps draw the same noise, so that cases compare in pairs.
+    Returns {reward: {"golden", "mark": means of the chosen (seeds, cases); "exact": golden by the
+    closed form (cases)}}. All sweeps draw the same noise, so that cases compare in pairs.
     """
     generator = torch.Generator().manual_seed(s.seed)
-    cov = covariance(s)
-    scale = torch.tensor([1, narrow], dtype=torch.float64)
-    covs = {"init": cov, "sft": cov, "demo": scale[:, None] * cov * scale}
     means = cloud_means(s.quality, offset, leak)
 
     def draw_from(name, *shape):
         noise = torch.randn(s.seeds, 1, *shape, 2, generator=generator, dtype=torch.float64)
-        mean = means[name].reshape(-1, *[1] * len(shape), 2)
-        return mean + noise @ torch.linalg.cholesky(covs[name]).T
+        return means[name].reshape(-1, *[1] * len(shape), 2) + noise
 
     samples = {name: draw_from(name, s.samples) for name in means}
     candidates = draw_from("sft", s.prompts, s.n)
     results = {}
     for reward, (negative, positive, _) in REWARDS.items():
-        w = logistic_regression(samples[negative], samples[positive], degree)
-        golden, mark = best_of_n(candidates, w, degree).mean(-2).unbind(-1)
-        pair = means[negative], means[positive]
-        if degree == 1:
-            shift = best_of_n_shift(linear_discriminant(*pair, cov), cov, s.n)
-            exact = (means["sft"] + shift)[:, 0]
-        else:
-            ideal = log_ratio_weights(*pair, covs[negative], covs[positive])
-            exact = best_of_n(candidates, ideal, degree)[..., 0].mean((0, -1))
-        results[reward] = {"golden": golden, "mark": mark, "exact": exact}
+        w = logistic_regression(samples[negative], samples[positive])[..., 1:]  # without the bias
+        golden, mark = best_of_n(candidates, w).mean(-2).unbind(-1)
+        exact = means["sft"] + best_of_n_shift(means[positive] - means[negative], s.n)
+        results[reward] = {"golden": golden, "mark": mark, "exact": exact[:, 0]}
     return results
 
+
+# ---- what it prints and draws -------------------------------------------------------------------
 
 def print_tables(s, tables):
     """Golden reward of best-of-N by reward model (rows) and case (columns), exact and trained."""
@@ -220,76 +166,58 @@ def print_tables(s, tables):
                 print(f"{name:16}" + "".join(f"{value:7.2f}" for value in row))
 
 
-# ---- the figure ---------------------------------------------------------------------------------
-
-def draw_clouds(ax, means, cov):
-    """Each writer's cloud, as ellipses of one and two standard deviations, with its name."""
-    angle = torch.linspace(0, 2 * math.pi, 200, dtype=torch.float64)
-    ellipse = torch.stack([angle.cos(), angle.sin()], -1) @ torch.linalg.cholesky(cov).T
+def draw_plane(ax, s):
+    """The clouds, as discs of one and two spreads, and from pi_SFT the way that best-of-N takes by
+    each reward."""
+    means, generator = cloud_means(s.quality, s.offset, 0.0), torch.Generator().manual_seed(s.seed)
     for name, label, place in (("init", r"$\pi_0$", (-1.7, -1.3)),
                                ("sft", r"$\pi_{SFT}$", (0.5, -1.6)),
                                ("demo", "demonstrator", (-1.2, 1.7))):
-        color = COLORS[name]
         for radius in (1, 2):
-            ax.fill(*(means[name] + radius * ellipse).T, alpha=0.13, lw=0, color=color)
-        ax.plot(*means[name], "o", color=color, ms=6)
-        ax.text(*(means[name] + torch.tensor(place)), label, color=color, weight="bold", size=13)
-
-
-def draw_plane(ax, s):
-    """The clouds, and from pi_SFT the way that best-of-N takes by each reward."""
-    cov, means = covariance(s), cloud_means(s.quality, s.offset, 0.0)
-    draw_clouds(ax, means, cov)
-    generator = torch.Generator().manual_seed(s.seed)
+            ax.add_patch(pyplot().Circle(means[name], radius, alpha=0.13, lw=0, color=COLORS[name]))
+        ax.plot(*means[name], "o", color=COLORS[name], ms=6)
+        ax.text(*(means[name] + torch.tensor(place)), label, color=COLORS[name], weight="bold",
+                size=13)
     for reward, (negative, positive, label) in REWARDS.items():
-        w = linear_discriminant(means[negative], means[positive], cov)
-        noise = torch.randn(120, s.n, 2, generator=generator, dtype=torch.float64)
-        candidates = means["sft"] + noise @ torch.linalg.cholesky(cov).T
-        chosen = best_of_n(candidates, torch.cat([torch.zeros(1), w]))
-        ax.plot(*chosen.T, ".", color=COLORS[reward], ms=3, alpha=0.6)
-        end = means["sft"] + best_of_n_shift(w, cov, s.n)
+        w, color = means[positive] - means[negative], COLORS[reward]
+        candidates = means["sft"] + torch.randn(120, s.n, 2, generator=generator,
+                                                dtype=torch.float64)
+        ax.plot(*best_of_n(candidates, w).T, ".", color=color, ms=3, alpha=0.6)
+        end = means["sft"] + best_of_n_shift(w, s.n)
         ax.annotate("", end, means["sft"], arrowprops={
-            "arrowstyle": "-|>", "mutation_scale": 18, "color": COLORS[reward], "lw": 3,
+            "arrowstyle": "-|>", "mutation_scale": 18, "color": color, "lw": 3,
             "shrinkA": 0, "shrinkB": 0})
         side, align = (-8, "right") if reward == "sft-demo" else (8, "left")
         ax.annotate(f"{label}: {end[0]:.2f}", end, xytext=(side, 4), size=11, ha=align,
-                    textcoords="offset points", color=COLORS[reward], weight="bold",
+                    textcoords="offset points", color=color, weight="bold",
                     bbox={"fc": "white", "ec": "none", "alpha": 0.75, "pad": 1})
     ax.set(aspect="equal", xlabel="quality (all that golden counts)", ylabel="the writer's mark",
            xlim=(-2.2, 5.2), title=f"the best of {s.n} samples of $\\pi_{{SFT}}$, by reward model\n"
            "(dots: chosen; arrow and number: their mean, its quality)")
 
 
-def draw(s, by_offset, by_leak, by_offset_narrow):
+def draw(s, by_offset, by_leak):
     """The figure: the plane, and golden quality against the mark's offset and against the leak."""
-    figure = pyplot().figure(figsize=(10, 5.4))
-    grid = figure.add_gridspec(2, 2, width_ratios=(1.15, 1))
-    draw_plane(figure.add_subplot(grid[:, 0]), s)
-    above, below = figure.add_subplot(grid[0, 1]), figure.add_subplot(grid[1, 1])
-    for ax, cases, results, line, marks in (
-            (above, OFFSETS, by_offset, "-", {"fmt": "o"}),
-            (above, OFFSETS, by_offset_narrow, ":", {"fmt": "s", "mfc": "white"}),
-            (below, LEAKS, by_leak, "-", {"fmt": "o"})):
+    figure, axes = pyplot().subplot_mosaic(
+        [["plane", "above"], ["plane", "below"]], figsize=(10, 5.4), width_ratios=(1.15, 1))
+    draw_plane(axes["plane"], s)
+    above, below = axes["above"], axes["below"]
+    for ax, cases, results in ((above, OFFSETS, by_offset), (below, LEAKS, by_leak)):
         for reward, (_, _, label) in REWARDS.items():
-            color = COLORS[reward]
-            ax.plot(cases, results[reward]["exact"], line, color=color,
-                    label=label if ax is below else None)
-            ax.errorbar(cases, *results[reward]["golden"], color=color, ms=4, **marks)
-    above.plot([], [], "k-o", ms=4, label="all spreads equal")
-    above.plot([], [], "k:s", ms=4, mfc="white", label=f"demonstrator's mark: spread {s.narrow:g}")
-    for height, name, label in ((s.quality, "demo", "demonstrator's mean"),
-                                (1, "sft", r"$\pi_{SFT}$'s mean")):
-        for ax in (above, below):
+            ax.plot(cases, results[reward]["exact"], color=COLORS[reward], label=label)
+            ax.errorbar(cases, *results[reward]["golden"], color=COLORS[reward], fmt="o", ms=4)
+        for height, name, label in ((s.quality, "demo", "demonstrator's mean"),
+                                    (1, "sft", r"$\pi_{SFT}$'s mean")):
             ax.axhline(height, color=COLORS[name], lw=1, alpha=0.5)
-        above.annotate(label, (0, height), xytext=(0, 2), textcoords="offset points", size=8,
-                       color=COLORS[name])
-    above.legend(loc="upper right", ncols=2)
+            if ax is above:
+                ax.annotate(label, (0, height), xytext=(0, 2), textcoords="offset points", size=8,
+                            color=COLORS[name])
+        ax.set_ylabel(f"quality of best-of-{s.n}")
     below.legend()
     above.set(xlabel="offset of the demonstrator's mark (lines: exact, points: trained)",
-              ylabel=f"quality of best-of-{s.n}", ylim=(None, 3.4),  # room for the legend
               title="a foreign demonstrator misleads all but Init-SFT")
     below.set(xlabel=f"share of the mark that $\\pi_{{SFT}}$ learns (offset {s.offset:g})",
-              ylabel=f"quality of best-of-{s.n}", title="... unless SFT learns the mark as well")
+              title="... unless SFT learns the mark as well")
     return figure
 
 
@@ -301,14 +229,12 @@ def summarise(results):
 
 
 def main(s):
-    """Run the three sweeps, print the tables, write heterogeneity.png and results.json."""
+    """Run the two sweeps, print the tables, write heterogeneity.png and results.json."""
     check(s)
     out = make_folder(s.out)
     sweeps = {"by_offset": summarise(sweep(s, OFFSETS, 0.0)),
-              "by_leak": summarise(sweep(s, s.offset, LEAKS)),
-              "by_offset_narrow": summarise(sweep(s, OFFSETS, 0.0, s.narrow, degree=2))}
-    print_tables(s, zip(("mark's offset", "mark learned", f"offset, spread {s.narrow:g}"),
-                        (OFFSETS, LEAKS, OFFSETS), sweeps.values()))
+              "by_leak": summarise(sweep(s, s.offset, LEAKS))}
+    print_tables(s, zip(("mark's offset", "mark learned"), (OFFSETS, LEAKS), sweeps.values()))
     print(f"\n± is a 95% interval over {s.seeds} runs")
     results = {"offsets": OFFSETS.tolist(), "leaks": LEAKS.tolist(), **sweeps}
     write_world(out, s, results, {"heterogeneity": draw(s, **sweeps)})

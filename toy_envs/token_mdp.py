@@ -17,7 +17,7 @@ Log-probabilities and KLs are in nats per sequence.
 
 import itertools
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from tqdm import tqdm
@@ -73,7 +73,7 @@ def make_demonstrator(patterns, weights, slip, letters):
     require(len(weights) == len(patterns) and min(weights) > 0 and abs(sum(weights) - 1) < 1e-9,
             f"need one weight > 0 per pattern, summing to one; got {list(weights)}")
     require(0 <= slip < 1, f"slip must be at least 0 and below 1, got {slip}")
-    index = torch.tensor([[LETTERS.index(c) for c in pattern] for pattern in patterns])
+    index = torch.tensor([[known.index(c) for c in pattern] for pattern in patterns])
     chosen = torch.nn.functional.one_hot(index, letters).double()
     step = chosen * (1 - slip) + (1 - chosen) * slip / (letters - 1)
     return Demonstrator(index, torch.tensor(weights, dtype=torch.float64), step)
@@ -95,10 +95,9 @@ def demonstrator_of(s):
 
 def check_enumerable(length, letters):
     """Refuse, before memory is touched, an MDP with more sequences than can be listed."""
-    require(length >= 1, f"a sequence needs at least 1 letter, got {length}")
-    require(letters ** length <= MAX_SEQUENCES,
-            f"{letters} letters and {length} steps make {letters}^{length} sequences; "
-            f"the limit for listing them all is {MAX_SEQUENCES}")
+    require(1 <= length and letters ** length <= MAX_SEQUENCES,
+            f"{letters} letters and {length} steps make {letters}^{length} sequences; from 1 step "
+            f"to {MAX_SEQUENCES} sequences can be listed")
 
 
 def sequence_log_prob(log_pi):
@@ -179,8 +178,7 @@ def sft_optimum(demo, memory):
 
 def nobody_wrote(pi, demo):
     """Mass on sequences that are no style's pattern, for any T: pi (T, M, A). Returns a float."""
-    written = policy_log_prob(pi.log()[None], demo.patterns.unique(dim=0)[None]).exp()
-    return 1 - written.sum().item()
+    return 1 - policy_log_prob(pi.log()[None], demo.patterns.unique(dim=0)[None]).exp().sum().item()
 
 
 # ---- exact solutions ----------------------------------------------------------------------------
@@ -200,13 +198,13 @@ def starting_points(demo, memory, count, generator):
 
     A mode-seeking optimum writes some of the styles; these starts look at each choice of them.
     """
-    shape = sft_optimum(demo, memory).shape
+    shape = demo.length, demo.letters ** memory, demo.letters
     noise = torch.rand(count, *shape, generator=generator, dtype=torch.float64)
     starts = [noise.log().neg()]                        # normalised: uniform on each simplex
-    for size in range(1, len(demo.patterns) + 1):
-        for chosen in map(list, itertools.combinations(range(len(demo.patterns)), size)):
-            weights = demo.weights[chosen]
-            some = Demonstrator(demo.patterns[chosen], weights / weights.sum(), demo.step[chosen])
+    for chosen in itertools.product([True, False], repeat=len(demo.patterns)):
+        if any(chosen):
+            some = demo.weights * torch.tensor(chosen)
+            some = replace(demo, weights=some / some.sum())
             starts.append(sft_optimum(some, memory)[None] + 1e-3)
     pi = torch.cat(starts)
     return (pi / pi.sum(-1, keepdim=True)).log()
@@ -255,13 +253,11 @@ def describe(demo, logp, samples=1000):
 
 def solve_all(demo, starts, seed, memories=tuple(MEMORIES)):
     """{(memory, divergence name): (log pi (R, T, M, A), D_f (R,), gradient norms (R,))}."""
-    generator, solutions = torch.Generator().manual_seed(seed), {}
-    for memory in memories:
-        start = starting_points(demo, memory, starts, generator)
-        for name, divergence in tqdm(DIVERGENCES.items(), desc=MEMORIES[memory], disable=None,
-                                     leave=False):
-            solutions[memory, name] = solve_exactly(demo, divergence, start)
-    return solutions
+    generator = torch.Generator().manual_seed(seed)
+    start = {memory: starting_points(demo, memory, starts, generator) for memory in memories}
+    return {(memory, name): solve_exactly(demo, DIVERGENCES[name], start[memory])
+            for memory, name in tqdm([*itertools.product(memories, DIVERGENCES)],
+                                     desc="exact solutions", disable=None, leave=False)}
 
 
 def summarise(demo, solutions):
@@ -309,11 +305,11 @@ def print_tables(s, demo, rows, curves):
           "A learner of full memory can be the demonstrator: every divergence is 0 there.")
     for memory, title in MEMORIES.items():
         mine = [(DIVERGENCES[r["minimised"]].label, r) for r in rows if r["memory"] == memory]
-        print(f"\n{'learner: ' + title:<20}{'D_f':>8}{'precision':>11}{'recall':>8}{'entropy':>9}"
+        print(f"\n{'learner: ' + title:<20}{'D_f':>7}{'precision':>11}{'recall':>8}{'entropy':>9}"
               "  found")
         for label, row in [("demonstrator", own), *mine]:
             found = " ".join(f"{styles}:{n}" for styles, n in row["found"].items())
-            print(f"{label:<20}{row['value']:>8.3f}{row['precision']:>11.3f}"
+            print(f"{label:<20}{row['value']:>7.3f}{row['precision']:>11.3f}"
                   f"{row['recall']:>8.3f}{row['entropy']:>9.3f}  {found}".rstrip())
         print(f"\nevery divergence of every solution ({title}):")
         print(f"{'minimised':<17}" + "".join(f"{name:>9}" for name in SHORT))
@@ -328,10 +324,11 @@ def print_tables(s, demo, rows, curves):
 
 def typical_sequences(logp, count):
     """`count` sequence indices in proportion to their probabilities, likeliest first, no chance
-    involved: one at the middle of each of `count` equal slices of the cumulative distribution."""
-    p, order = logp.exp().sort(descending=True)
-    slices = (torch.arange(count, dtype=p.dtype) + 0.5) / count
-    return order[torch.searchsorted(p.cumsum(0), slices).clamp(max=len(p) - 1)]
+    involved: one at the middle of each of `count` equal slices of the cumulative distribution.
+    Sequences that differ by rounding errors alone are in dictionary order."""
+    order = logp.round(decimals=4).argsort(descending=True, stable=True)
+    slices = (torch.arange(count, dtype=logp.dtype) + 0.5) / count
+    return order[torch.searchsorted(logp[order].exp().cumsum(0), slices).clamp(max=len(logp) - 1)]
 
 
 def draw_page(axes, demo, logp, title, count=20):
@@ -392,10 +389,10 @@ def main(s):
     rows = summarise(demo, solutions)
     curves = {memory: horizon_curve(range(1, 25), memory) for memory in MEMORIES}
     print_tables(s, demo, rows, curves)
-    results = {"demonstrator": describe(demo, demonstrator_log_prob(demo)), "solutions": rows,
-               "nobody_wrote": curves}
-    write_world(out, s, results, {"token_mdp": draw_pages(demo, solutions),
-                                  "token_mdp_horizon": draw_horizon(curves)})
+    write_world(out, s, {"demonstrator": describe(demo, demonstrator_log_prob(demo)),
+                         "solutions": rows, "nobody_wrote": curves},
+                {"token_mdp": draw_pages(demo, solutions),
+                 "token_mdp_horizon": draw_horizon(curves)})
 
 
 if __name__ == "__main__":
