@@ -30,6 +30,7 @@ from toy_envs.truth import WRITERS, name_of, summarise                  # noqa: 
 
 RUNS = Path("out") / "results"
 COLLECTED = ROOT / "docs" / "results.json"
+BENCH = ROOT / "docs" / "bench.json"    # what `python tests/bench.py` wrote
 PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")      # hold tables between markers
 SEEDS, MORE_SEEDS = range(5), range(5, 10)
 LEVELS = ("0", "0.25", "0.5", "0.75", "1")
@@ -256,11 +257,28 @@ def seek_table(data):
         for size, group in (("large", "helpful-h0"), ("small", "small")) for name in names])
 
 
+def speed_table():
+    """Our tokens per second, and how many times as long the others take: of bench.py's cases."""
+    cases, says = {}, {
+        "train": "training step {0}, {2}–{3} + {4}–{5}", "sample": "sampling {0} × {1}, {2} + {3}",
+        "score": "scoring {0} × {1}, {2} + {3}–{4}"}
+    for r in json.loads(BENCH.read_text(encoding="utf-8"))["records"]:
+        what = re.sub(r"\b(\d+)–\1\b", r"\1", says[r["part"]].format(*r["shape"].split(",")))
+        simple = r["name"] not in ("ours", "transformers")
+        cases.setdefault((r["size"], what), {})["simple" if simple else r["name"]] = r
+
+    def against(r):
+        return "–" if r is None else f"{r['ratio']:.2f}" + (
+            f" (aim {r['goal']:g})" if r["goal"] else "")
+    return markdown(["model", "case", "tokens/s", "simple version", "transformers"], [
+        [size, what, f"{rs['ours']['tokens_per_second']:,.0f}", against(rs.get("simple")),
+         against(rs.get("transformers"))] for (size, what), rs in cases.items()])
+
+
 def tables(data):
     """{marker: table} for the pages."""
     heads = {"sum, h = 0": "helpful-h0", "sum, h = 1": "helpful-h1", "last, h = 0": "last-h0",
-                "last, h = 1": "last-h1"}
-
+             "last, h = 1": "last-h1"}
     few = {**{n: f"demos{n}" for n in FEW}, "4000": "helpful-h0"}
     noises = {"0": "helpful-h0", **{noise: f"noise{noise}" for noise in NOISE}}
     learners = ("sft", "init-sft", "po init-sft 0.3", "floored", "preference")
@@ -293,6 +311,7 @@ def tables(data):
             [name, *(cell(values(data, group, name).values()) for group in noises.values())]
             for name in ("preference", "po preference 0.3", "dpo")]),
         "SEEK": seek_table(data),
+        "SPEED": speed_table(),
     }
     there = {row["group"] for row in data["rows"]}
     missing = {"DEMOS": set(few.values()) - there, "NOISE": set(noises.values()) - there,

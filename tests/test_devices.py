@@ -1,0 +1,137 @@
+"""Every line of a run on a device that is not the CPU, without one: tensors that say they live
+elsewhere, compute on the CPU, and refuse to meet the CPU's own tensors, as a GPU's do.
+
+What this cannot show is what only a GPU has: its kernels, its rounding, its memory, its speed.
+"""
+
+import importlib
+import json
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+import afd
+import train
+
+AWAY = torch.device("meta")     # a device of every build of torch; nothing real is on it here
+MAY_CROSS = {"copy_", "_to_copy"}
+
+
+class Away(torch.Tensor):
+    """A tensor that says it is on AWAY; its numbers are those of `inner`, on the CPU."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        made = torch.Tensor._make_wrapper_subclass(
+            cls, inner.size(), strides=inner.stride(), storage_offset=inner.storage_offset(),
+            dtype=inner.dtype, device=AWAY)
+        made.inner = inner
+        return made
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        return compute(function, args, kwargs or {})
+
+    def tolist(self):
+        return self.inner.tolist()
+
+    def __reduce_ex__(self, protocol):      # torch.save
+        return self.inner.__reduce_ex__(protocol)
+
+
+class Factories(TorchDispatchMode):
+    """Makes torch.zeros(..., device=AWAY) and the like give an Away."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return compute(function, args, kwargs or {})
+
+
+def compute(function, args, kwargs):
+    """Run one operator on the inner tensors; what it gives is on the device that it should be on.
+    Raises RuntimeError where tensors of both devices meet; a number (no dimension) may be on any.
+    """
+    name, leaves = function._schema.name.split("::")[1], tree_leaves((args, kwargs))
+    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    away = [t for t in tensors if isinstance(t, Away)]
+    if away and name not in MAY_CROSS and any(
+            t.dim() and not isinstance(t, Away) for t in tensors):
+        raise RuntimeError(f"{name}: tensors of two devices")
+    devices = [leaf for leaf in leaves if isinstance(leaf, torch.device)]
+
+    def inner(x):
+        return x.inner if isinstance(x, Away) else "cpu" if isinstance(x, torch.device) else x
+    result = function(*tree_map(inner, args), **tree_map(inner, kwargs))
+    there = devices[0] == AWAY if devices else bool(away)
+    if name == "copy_":
+        there = isinstance(args[0], Away)
+    given = {id(t.inner): t for t in away}      # an operator in place gives back what it was given
+
+    def outer(x):
+        if not isinstance(x, torch.Tensor) or not there:
+            return x
+        return given[id(x)] if id(x) in given else Away(x)
+    return tree_map(outer, result)
+
+
+@pytest.fixture
+def elsewhere(monkeypatch):
+    """AWAY is the device of whatever runs."""
+    real = {name: getattr(torch, name) for name in ("Generator", "autocast", "tensor", "load")}
+
+    class Generator:        # torch asks for a class
+        def __new__(cls, device="cpu"):
+            return real["Generator"]("cpu")
+
+    def tensor(*args, device=None, **kwargs):
+        return real["tensor"](*args, **kwargs).to(device or "cpu")
+    monkeypatch.setattr(torch, "tensor", tensor)
+    monkeypatch.setattr(torch, "Generator", Generator)
+    monkeypatch.setattr(torch, "autocast", lambda kind, *a, **k: real["autocast"]("cpu", *a, **k))
+    monkeypatch.setattr(torch, "load", lambda f, map_location=None, **k: real["load"](
+        f, map_location="cpu", **k))
+    for module in ("torch.optim.adam", "torch.optim.optimizer"):    # fused AdamW
+        monkeypatch.setattr(importlib.import_module(module), "_get_fused_kernels_supported_devices",
+                            lambda: ["meta"], raising=False)
+    for module in (afd, train):
+        monkeypatch.setattr(module, "choose_device", lambda *args: AWAY)
+    with Factories():
+        yield
+
+
+def test_the_other_device_is_another(elsewhere):
+    """Else the tests below could not fail."""
+    x = torch.zeros(3, device=AWAY)
+    assert x.device == AWAY and (x + 1).sum().item() == 3 and x.cpu().device.type == "cpu"
+    with pytest.raises(RuntimeError, match="two devices"):
+        x + torch.zeros(3)
+
+
+def test_afd_runs_elsewhere(elsewhere, tmp_path):
+    """All reward models and all methods; resumed, it reads back what it kept."""
+    flags = ("--n-corpus 48 --n-demos 24 --n-samples 16 --n-prompts 2 --n-candidates 2 --methods "
+             "all --optimise all --policy-steps 1 --n-embd 8 --n-layer 1 --n-head 1 --rounds 1 "
+             f"--group 2 --micro-tokens 400 --out {tmp_path}").split()
+    afd.main(flags)
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert {*afd.METHODS, "bon", "sft", "demo", "init"} == {row["method"] for row in rows}
+    assert afd.main([*flags, "--resume"])["rows"] == rows
+
+
+def test_stages_run_elsewhere(elsewhere, tmp_path):
+    """train.py, from text to a reward model with the common head, in bfloat16."""
+    (tmp_path / "t.txt").write_text("a rose is a rose\n\nis it a rose\n\n" * 20)
+    (tmp_path / "x.txt").write_text("a rose\nis it\n")
+    (tmp_path / "d.jsonl").write_text('{"prompt": "is it", "response": "a rose"}\n' * 8)
+    shape = "--n-embd 8 --n-layer 1 --n-head 1 --n-positions 32 --vocab-size 270"
+    for words in (f"pretrain --corpus t.txt --out pi_0 {shape}",
+                  "sft --demos d.jsonl --init pi_0 --out sft --bf16 --max-response 8",
+                  "sample --prompts x.txt --init sft --out y.jsonl --per-prompt 8 --max-response 8",
+                  "reward --positives d.jsonl --negatives y.jsonl --init pi_0 --head last --out r "
+                  "--bf16 --max-response 8"):
+        train.main([str(tmp_path / word) if word in ("sft", "r", "pi_0") and i or "." in word
+                    else word for i, word in enumerate(words.split())])
+    assert (tmp_path / "r" / "reward_head.pt").exists()
