@@ -368,7 +368,7 @@ def sample(s, device):
     out, (rank, count) = Path(s.out), rank_and_count()
     if out.exists() and not s.overwrite:
         raise InputError(f"{out} is there already: choose another --out, or --overwrite it")
-    model, tokenizer, _ = load_pretrained(s.init)
+    model, tokenizer, _ = load_pretrained(s.init, trunk=False)
     model, room = model.to(device), model.config.n_positions - s.max_response
     if room < 1:
         raise InputError(f"--max-response {s.max_response} leaves no room for a prompt")
@@ -422,8 +422,9 @@ def run_stage(stage, s, device):
                 (save_reward if stage == "reward" else save_pretrained)(out, model, tokenizer)
                 write_json(out / "train.json", {**head, "history": history})
                 shutil.rmtree(out / "stages", ignore_errors=True)
+    best = sorted(record["held_out"] for record in history if "held_out" in record)[:1]
     print(f"{stage}: loss {history[0]['loss']:.3f} -> {history[-1]['loss']:.3f} in {len(history)} "
-          f"steps; {out}")
+          f"steps{''.join(f', held-out loss {loss:.3f}' for loss in best)}; {out}")
 
 
 def main(argv=None):

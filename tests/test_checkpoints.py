@@ -457,6 +457,8 @@ def test_a_reward_model_comes_back(head, tmp_path):
     assert again.head == head and tokenizer.eos == BPE.eos
     assert torch.equal(again(batch), reward(batch)) and reward(batch).abs().min() > 0.01
     load_pretrained(tmp_path)           # its trunk is a checkpoint like any other
+    with pytest.raises(InputError, match="a reward model, not a policy"):
+        load_pretrained(tmp_path, trunk=False)      # what it would write has no sense
     (tmp_path / "reward_head.pt").unlink()
     with pytest.raises(InputError, match="reward_head.pt is missing"):
         load_reward(tmp_path)

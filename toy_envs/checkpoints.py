@@ -200,12 +200,15 @@ def read_weights(paths, model):
     model.load_state_dict(conv1d(theirs))
 
 
-def load_pretrained(name):
+def load_pretrained(name, trunk=True):
     """(GPT, Tokenizer, config.json as a dict) of a checkpoint folder or of a name on the hub.
 
-    Raises InputError naming what is missing or does not fit.
+    trunk: a reward model's will do, which is no policy. Raises InputError naming what is missing or
+    does not fit.
     """
     with loading(name) as folder:
+        if (folder / "reward_head.pt").is_file() and not trunk:
+            raise ValueError("a reward model, not a policy")
         config, raw = read_config(folder)
         model = GPT(config)
         read_weights(weights_of(folder), model)
@@ -219,7 +222,7 @@ def load_pretrained(name):
 
 def load_init(name, world):
     """pi_0 from a checkpoint. Raises InputError where it does not fit this world."""
-    init, tokenizer, _ = load_pretrained(name)
+    init, tokenizer, _ = load_pretrained(name, trunk=False)
     if tokenizer.backend.get_vocab() != world.tokenizer.backend.get_vocab():
         raise InputError(f"{name}: its tokenizer is not that of this data")
     if init.config.n_positions < world.max_prompt + world.max_response:

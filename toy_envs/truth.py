@@ -70,8 +70,8 @@ class Truth:
         self.demo = demonstrations(str)
         self.unmarked = demonstrations(world.unmark) if world.unmark else self.demo
         self.candidates = self.write(
-            sft, n_candidates, "candidates", f"5 best-of-N: {n_candidates} candidates to each of "
-                                             f"{len(world.test_prompts)} held-out prompts")
+            sft, n_candidates, "candidates", f"5 best-of-N: {n_candidates} candidates to each "
+                                             f"held-out prompt, of {len(world.test_prompts)}")
         self.rival = self.write(sft, SAMPLES, "rivals")     # not to pick from
         self.sft_logp = self.logp(sft, self.candidates.pairs, n_candidates).reshape(
             self.candidates.lengths.shape)

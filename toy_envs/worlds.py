@@ -167,6 +167,8 @@ def file_world(s, seed):
                                       "out: cut, a held-out prompt"),
             (len(judge), f"{n_judged} prompts with {len(judge)} pairs are the judge's, no "
                          "learner's"),
+            (len(demos) < 100, f"only {counted(len(demos), 'demonstrations')}: the numbers will "
+                               "mean little"),
             (not (s.corpus or s.init), "no --corpus: pi_0 is pretrained on the demonstrations"),
             (s.corpus and len(corpus) == 1, f"{s.corpus} is one document (an empty line would part "
                                             "two): pi_0 will learn little"),
@@ -182,9 +184,11 @@ def load_golden(spec):
         module_spec = importlib.util.spec_from_file_location("gold", file)
         module = importlib.util.module_from_spec(module_spec)
         module_spec.loader.exec_module(module)
-        function = getattr(module, name)
+        function = getattr(module, name, None)
     except Exception as error:      # whatever the user's file raises is the user's to read
         raise InputError(f"--gold {spec}: {type(error).__name__}: {error}") from error
+    if not callable(function):
+        raise InputError(f"--gold {spec}: {file} has no function {name!r}")
 
     def golden(prompt, response):
         try:
