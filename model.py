@@ -280,7 +280,7 @@ def states(model, batch):
 
     In inference a prompt of n > 1 responses goes through the transformer once, as in sampling.
     """
-    if batch.n == 1 or torch.is_grad_enabled():
+    if batch.n == 1 or torch.is_grad_enabled() or not batch.prompt_lengths.all():
         return model.hidden(batch.tokens)
     prompts, lengths = batch.prompt_lengths, batch.prompt_lengths[::batch.n]
     longest, new = int(lengths.max()), int((batch.lengths - prompts).max())

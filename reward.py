@@ -244,9 +244,11 @@ def score(reward, pairs, device="cpu", batch_size=64, n=1):
     """Rewards of (prompt ids, response ids) pairs, numpy (len(pairs),), in the pairs' own order.
 
     n: the pairs come in runs of n with the same prompt; where prompts are longer than responses, a
-    prompt is encoded once for up to 16 of them (see model.states).
+    prompt is encoded once for up to 16 of them (see model.states). ValueError if they do not.
     """
-    run = math.gcd(n, 16)
+    run = math.gcd(n, 16, batch_size)
+    if len(pairs) % n:
+        raise ValueError(f"{len(pairs)} pairs do not come in runs of {n}")
     if sum(len(x) for x, _ in pairs) <= sum(len(y) for _, y in pairs):
         run = 1
     # runs of responses of similar length, then batches of similar runs: little padding
@@ -310,7 +312,8 @@ def best_of_n_weights(scores, n):
 
 
 def best_of_n_kl(n):
-    """log n - (n - 1)/n nats: KL(best-of-n || pi_SFT) for a reward without ties, else a bound.
+    """log n - (n - 1)/n nats: KL(best-of-n || pi_SFT) of scores with a density; else an upper
+    bound, close where no score has much probability.
 
     The reward has to be a function of (x, y): a selector that tosses coins leaves pi_SFT as it is.
     """

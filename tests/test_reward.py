@@ -137,6 +137,7 @@ def test_best_of_n_weights_average_over_all_subsets():
                           for subset in itertools.combinations(range(6), n)])
                  for s, v in zip(scores, values)]
         np.testing.assert_allclose((weights * values).sum(1), brute)
+    np.testing.assert_allclose(best_of_n_weights(np.ones((1, 3)), 3), [[0, 0, 1]])  # the later one
 
 
 def test_best_of_n_kl_is_exact_on_an_enumerable_policy():
@@ -199,4 +200,10 @@ def test_prompts_encoded_once_change_no_reward(kind):
         patch.setattr(GPT, "_prefill", lambda *a: runs.append(len(a[1])) or states(*a))
         together = score(reward, pairs, batch_size=8, n=6)
     assert sum(runs) % 9 == 0 and runs, "each run of two has its prompt encoded once"
-    np.testing.assert_allclose(together, score(reward, pairs, batch_size=1), atol=1e-5)
+    alone = score(reward, pairs, batch_size=1)
+    np.testing.assert_allclose(together, alone, atol=1e-5)
+    np.testing.assert_allclose(score(reward, pairs, batch_size=5, n=6), alone, atol=1e-5)
+    with pytest.raises(ValueError, match="18 pairs do not come in runs of 4"):
+        score(reward, pairs, n=4)
+    pairs += [([], y) for _, y in pairs[:6]]        # an empty prompt has no encoding to share
+    np.testing.assert_allclose(score(reward, pairs, n=6), score(reward, pairs), atol=1e-5)

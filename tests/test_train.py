@@ -140,3 +140,28 @@ def test_stage_by_stage_from_files(tmp_path, capsys):
     for argv in (["sft", "--out", "x"], ["fly"], []):
         with pytest.raises(InputError):
             train.main(argv)
+
+
+def test_a_step_is_clipped_and_vectors_do_not_decay():
+    """Otherwise one odd batch undoes a run, and biases and norms are pulled to zero."""
+    model, schedule = tiny(), Schedule(lr=1.0, clip=0.5, weight_decay=0.1)
+    before = [p.detach().clone() for p in model.parameters()]
+    for p in model.parameters():
+        p.grad = torch.full_like(p, 100.0)
+    train.take_step(model, torch.optim.SGD(model.parameters()), 1.0, schedule, 0, 1, "test")
+    moved = [(a - b).pow(2).sum() for a, b in zip(before, model.parameters())]
+    torch.testing.assert_close(sum(moved).sqrt(), torch.tensor(0.5))
+    for group in train.make_optimizer(model, schedule).param_groups:
+        assert {p.dim() >= 2 for p in group["params"]} == {group["weight_decay"] == 0.1}
+
+
+def test_a_reward_model_is_the_best_one_on_all_held_out_items():
+    """Labels by chance: it overfits, and the weights kept must be from before that."""
+    rng = random.Random(0)
+    items = [(([0], [rng.randrange(8) for _ in range(4)]), ([0], [rng.randrange(8)] * 3))[::sign]
+             for sign in (1, -1) * 20]
+    model, history = train.train_reward(tiny(), items[8:], items[:8], train.discriminator_step,
+                                        Schedule(lr=3e-2, epochs=20, batch_size=8), rng)
+    looks = [record["held_out"] for record in history if "held_out" in record]
+    assert len(looks) == 8 and min(looks) < looks[-1] - 0.1
+    assert train.discriminator_step(model, items[:8]).item() == pytest.approx(min(looks), abs=1e-5)

@@ -16,7 +16,8 @@ mu_1 the positives). Best-of-N by w.z then moves pi_SFT's mean along w:
 Each goes equally far; what counts is how much of the way is quality. pi_SFT shows no mark that it
 cannot produce, so Init-SFT does not look for it. Init-Demo does, by m against q, and SFT-Demo by m
 against the little quality that is left between pi_SFT and the demonstrator. Init-SFT's advantage
-ends where SFT does learn the mark: at leak = 1 its direction is that of (1, m), worse than (q, m).
+ends where SFT does learn the mark: at leak = 1/q all three directions are the same, and beyond it
+their order is reversed (at leak = 1 SFT-Demo's (q - 1, 0) is quality alone).
 Left out here: many dimensions and few samples, where noise in w also favours the wider contrast.
 
 Run `python -m toy_envs.heterogeneity`. Shapes: B any leading batch (seeds, cases), K samples,

@@ -12,7 +12,7 @@ rewards, entropy and KLs in nats per sequence.
     forward_kl    E_beta[log d_beta - log pi]: high if it would not write what the demonstrator does
 
 Of a best-of-n selector the density is not known sample by sample, but E[log pi - log pi_SFT] is:
-reward.best_of_n_kl. Hence its entropy and reverse KL; where scores tie, a lower and an upper bound.
+reward.best_of_n_kl. Hence its entropy, a lower bound, and its reverse KL, an upper one.
 Its forward KL would need the density at demonstrations, and its distinct share fresh candidates.
 """
 
