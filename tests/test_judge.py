@@ -158,7 +158,8 @@ def test_it_learns_an_obvious_preference_and_says_how_well(tmp_path):
     n, agreement, half = re.fullmatch(NAME, world.gold).groups()
     assert int(n) == len(world.judge_pairs) == 120
     assert float(agreement) == pytest.approx(sum(right) / len(right)) == 0.8
-    assert float(half) == pytest.approx(2.001 * (0.16 / 59) ** 0.5, abs=1e-3)   # t, df = 59
+    share = (48 + 2) / (60 + 4)     # two successes, two failures more
+    assert float(half) == pytest.approx(1.96 * (share * (1 - share) / 64) ** 0.5, abs=1e-3)
     assert {json.loads(line)["stage"] for line in (tmp_path / "metrics.jsonl").open()} == {"judge"}
 
 

@@ -205,11 +205,15 @@ def judge_note(gold):
 
 
 def human_agreement(reward, world, device):
-    """(share of the held-out pairs of which the reward prefers the chosen answer, ties half, its
-    95% half-width)."""
+    """(share of the held-out pairs of which the reward prefers the chosen answer, ties half; its
+    95% half-width by Agresti and Coull: with two successes and two failures added, so that 14 of 14
+    is no certainty). Source: The American Statistician 52, 1998."""
     chosen, rejected = (score(reward, [world.pair(p[0], p[k]) for p in world.human_pairs], device)
                         for k in (1, 2))
-    return mean_ci((chosen > rejected) + (chosen == rejected) / 2)
+    agreed = (chosen > rejected) + (chosen == rejected) / 2
+    n = len(agreed) + 4
+    share = (agreed.sum() + 2) / n
+    return float(agreed.mean()), 1.96 * math.sqrt(share * (1 - share) / n)
 
 
 # ---- what the reward models learned --------------------------------------------------------------
