@@ -31,10 +31,15 @@ def processes(device):
         yield
         return
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    with redirect_stdout(None if dist.get_rank() else sys.stdout):
-        yield
-    gc.collect()        # what DistributedDataParallel's cycles hold of the group must go before it
-    dist.destroy_process_group()        # after an error torchrun ends the others
+    finished = False
+    try:
+        with redirect_stdout(None if dist.get_rank() else sys.stdout):
+            yield
+        finished = True
+    finally:        # after an error NCCL might wait for the others, which torchrun ends
+        if finished or device.type != "cuda":
+            gc.collect()    # DistributedDataParallel's cycles must let go of the group before
+            dist.destroy_process_group()
 
 
 def from_first(value):
