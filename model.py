@@ -148,12 +148,8 @@ class GPT(nn.Module):
         if shortest < 1 or longest + max_new_tokens > self.config.n_positions:
             raise ValueError(f"prompts of {shortest} to {longest} tokens and {max_new_tokens} new "
                              f"ones do not fit {self.config.n_positions} positions")
-        hidden, caches, mask = self._prefill(prompts, lengths, max_new_tokens)
-        rows = torch.arange(B, device=device).repeat_interleave(n)
-        if n > 1:
-            for cache in caches:
-                cache.select(rows)
-        hidden, mask, position = hidden[rows], mask[rows], lengths[rows]
+        hidden, caches, mask = self._prefill(prompts, lengths, max_new_tokens, n)
+        position = lengths.repeat_interleave(n)
         tokens = torch.full((B * n, max_new_tokens), pad, dtype=torch.long, device=device)
         done = torch.full((B * n,), max_new_tokens, device=device)
         alive = torch.arange(B * n, device=device)      # output row of each row still in the batch
@@ -177,11 +173,12 @@ class GPT(nn.Module):
         slot = torch.arange(max_new_tokens, device=device)
         return tokens.masked_fill_(slot >= done[:, None], pad), done
 
-    def _prefill(self, prompts, lengths, max_new_tokens):
+    def _prefill(self, prompts, lengths, max_new_tokens, n):
         """Encode the prompts, moved to the right edge so that all rows write the same cache slot.
 
-        Returns the last hidden states (B, D), the caches and what a later query adds to its scores
-        of the T + max_new_tokens slots, (B, 1, 1, slots): -inf at padding, else 0.
+        Returns, n rows for each prompt, the last hidden states (B*n, D), the caches and what a
+        later query adds to its scores of the T + max_new_tokens slots, (B*n, 1, 1, slots): -inf at
+        padding, else 0.
         """
         T = int(lengths.max())
         slot = torch.arange(T, device=prompts.device)
@@ -192,7 +189,13 @@ class GPT(nn.Module):
         mask = torch.zeros(seen.shape, device=prompts.device).masked_fill(~seen, -math.inf)
         caches = [KVCache(T + max_new_tokens) for _ in self.h]
         hidden = self.hidden(prompts.gather(1, positions), positions, caches, mask[:, None])
-        return hidden[:, -1], caches, F.pad(mask[:, None, -1:], (0, max_new_tokens))
+        last, later = hidden[:, -1], F.pad(mask[:, None, -1:], (0, max_new_tokens))
+        if n > 1:       # else the caches would be copied for nothing
+            rows = torch.arange(len(prompts), device=prompts.device).repeat_interleave(n)
+            last, later = last[rows], later[rows]
+            for cache in caches:
+                cache.select(rows)
+        return last, caches, later
 
 
 CACHE_NUMBERS = 2 ** 29     # 2 GB in float32: what sampling may keep of keys and values
@@ -284,16 +287,13 @@ def states(model, batch):
         return model.hidden(batch.tokens)
     prompts, lengths = batch.prompt_lengths, batch.prompt_lengths[::batch.n]
     longest, new = int(lengths.max()), int((batch.lengths - prompts).max())
-    last, caches, mask = model._prefill(batch.tokens[::batch.n], lengths, new)
-    rows = torch.arange(len(lengths), device=prompts.device).repeat_interleave(batch.n)
-    for cache in caches:
-        cache.select(rows)
+    last, caches, mask = model._prefill(batch.tokens[::batch.n], lengths, new, batch.n)
     step = torch.arange(new, device=prompts.device)
     places = (prompts[:, None] + step).clamp(max=batch.tokens.shape[1] - 1)
-    mask = mask[rows].repeat(1, 1, new, 1)
+    mask = mask.repeat(1, 1, new, 1)
     mask[..., longest:].masked_fill_(step > step[:, None], -math.inf)
     hidden = model.hidden(batch.tokens.gather(1, places), places, caches, mask)
-    hidden = torch.cat([last[rows, None], hidden], 1)       # from the last prompt token on
+    hidden = torch.cat([last[:, None], hidden], 1)       # from the last prompt token on
     t = torch.arange(batch.tokens.shape[1], device=prompts.device)
     source = (t - prompts[:, None] + 1).clamp(0, new)
     return hidden.gather(1, source[..., None].expand(-1, -1, hidden.shape[2]))
@@ -442,5 +442,3 @@ def write_json(path, value, indent=1):
         return None if isinstance(v, float) and math.isnan(v) else v
     text = json.dumps(known(value), indent=indent, ensure_ascii=False, allow_nan=False) + "\n"
     write_aside(Path(path), lambda part: part.write_text(text, encoding="utf-8"))
-
-

@@ -368,8 +368,9 @@ def main():
             if not all(done):
                 sys.exit("some runs failed; `make results` tries them again")
     data = json.loads(COLLECTED.read_text(encoding="utf-8")) if words == ["pages"] else collect()
+    made = tables(data)
     for page in PAGES:
-        text = fill(page.read_text(encoding="utf-8"), tables(data), data)
+        text = fill(page.read_text(encoding="utf-8"), made, data)
         page.write_text(text, encoding="utf-8")
     figures(data, ROOT / "docs" / "figures")
     print(f"{COLLECTED}: the tables of {', '.join(map(str, PAGES))} and docs/figures are of it")

@@ -44,20 +44,21 @@ import train                                                                # no
 from model import (GPT, GPTConfig, InputError, collate,       # noqa: E402
                    sample_responses, write_json)
 from reward import RewardModel, score                                       # noqa: E402
-from toy_envs.batches import item_length                                    # noqa: E402
+from toy_envs.batches import item_length, length_batches                    # noqa: E402
 from toy_envs.figures import pyplot, save_figure                            # noqa: E402
-from toy_envs.runs import make_folder                                       # noqa: E402
+from toy_envs.runs import (choose_device, make_folder, parse_settings,       # noqa: E402
+                           run_script, setting)
 
 
 @dataclass
 class Settings:
     """Throughput and memory beside a plain implementation and transformers, on the same inputs."""
-    parts: str = train.setting("train,sample,score,scaling,afd", "which parts, with commas")
-    size: str = train.setting("toy,gpt2", "model sizes for train, sample and score, with commas")
-    repeats: int = train.setting(7, "rounds at the toy size; GPT-2 on a CPU gets 3 at most")
-    device: str = train.setting("auto", "auto, cpu or cuda")
-    memory: bool = train.setting(True, "measure peak memory too: one more process for each number")
-    out: str = train.setting("out/bench", "folder for bench.json and bench.png")
+    parts: str = setting("train,sample,score,scaling,afd", "which parts, with commas")
+    size: str = setting("toy,gpt2", "model sizes for train, sample and score, with commas")
+    repeats: int = setting(7, "rounds at the toy size; GPT-2 on a CPU gets 3 at most")
+    device: str = setting("auto", "auto, cpu or cuda")
+    memory: bool = setting(True, "measure peak memory too: one more process for each number")
+    out: str = setting("out/bench", "folder for bench.json and bench.png")
 
 
 # The models; {shape of a case: the project's aims for its ratios on two CPU cores}, by part:
@@ -136,7 +137,7 @@ def train_case(config, device, batch_size, steps, *ranges):
     rng = random.Random(0)
     items = [((random_ids(rng, config, *ranges[:2]), random_ids(rng, config, *ranges[2:])),)
              for _ in range(steps * batch_size)]
-    batches = train.length_batches(items, batch_size, random.Random(0))
+    batches = length_batches(items, batch_size, random.Random(0))
     ours = train.nll_loss, train.Schedule(batch_size=batch_size), random.Random(0)
     make = {"ours": lambda: partial(train.fit, GPT(config).to(device), items, *ours),
             "plain": lambda: partial(plain_loop, GPT(config).to(device), plain_loss, batches),
@@ -335,12 +336,12 @@ def machine(device):
 
 
 def main(argv=None):
-    s = train.parse_settings(Settings, argv)
+    s = parse_settings(Settings, argv)
     parts, sizes = s.parts.split(","), s.size.split(",")
     known = {"train", "sample", "score", "scaling", "afd"}
     if not {*parts} <= known or not {*sizes} <= {*SIZES} or s.repeats < 1:
         raise InputError("--parts, --size or --repeats: not among what --help names")
-    device, out = train.choose_device(s.device), make_folder(s.out)
+    device, out = choose_device(s.device), make_folder(s.out)
     results = {"config": asdict(s), "machine": machine(device), "records": []}
     print(results["machine"])
     head = re.sub(r"(\d)[,.][^}]*", r"\1", ROW)
@@ -364,4 +365,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    train.run_script(main)
+    run_script(main)

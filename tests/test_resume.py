@@ -199,6 +199,15 @@ ITEMS = [(([2], [3 + i % 5] * (1 + i % 7)),) for i in range(40)]
 PLAN = Schedule(lr=1e-2, epochs=2.5, batch_size=8)
 
 
+def resumed(run, folder, stops):
+    """(stop, what run(snapshot) returns when run(snapshot, stop) was interrupted) of each stop."""
+    for stop_at in stops:
+        snapshot = folder / str(stop_at)
+        with pytest.raises(KeyboardInterrupt):
+            run(snapshot, stop_at)
+        yield stop_at, run(snapshot)
+
+
 def test_fit_goes_on_where_it_stopped(tmp_path, monkeypatch):
     """At every step of two and a half epochs: weights, history and the generator are the same."""
     monkeypatch.setattr(runs, "SNAPSHOT_SECONDS", -1)
@@ -215,11 +224,7 @@ def test_fit_goes_on_where_it_stopped(tmp_path, monkeypatch):
         return model.state_dict(), history, rng.random(), len(calls)
     state, history, draw, calls = run(None)
     assert calls > len(history) == 10
-    for stop_at in range(2, calls + 1):
-        snapshot = tmp_path / str(stop_at)
-        with pytest.raises(KeyboardInterrupt):
-            run(snapshot, stop_at)
-        again = run(snapshot)
+    for _, again in resumed(run, tmp_path, range(2, calls + 1)):
         assert_same_state(again[0], state)
         assert again[1:3] == (history, draw) and again[3] < calls
 
@@ -257,11 +262,7 @@ def test_policy_optimisation_goes_on_where_it_stopped(tmp_path, monkeypatch):
             history, drawn, judge.old, judge.rng.random()), len(calls)
     state, rest, calls = run(None)
     assert calls == 8 and len(rest[2]) == 24
-    for stop_at in range(3, calls + 1):
-        snapshot = tmp_path / str(stop_at)
-        with pytest.raises(KeyboardInterrupt):
-            run(snapshot, stop_at)
-        again = run(snapshot)
+    for stop_at, again in resumed(run, tmp_path, range(3, calls + 1)):
         assert_same_state(again[0], state)
         assert again[1] == rest and again[2] == calls - 2 * ((stop_at - 1) // 2)
 

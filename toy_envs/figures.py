@@ -73,11 +73,6 @@ def number(value, form="{:.2f}"):
     return "-" if value is None or value != value else form.format(value)
 
 
-def counted(n, things):
-    """"1 text", "2,000 texts": n of the things, whose name is given in the plural."""
-    return f"{n:,} {things.removesuffix('s') if n == 1 else things}"
-
-
 def over_seeds(records, key):
     """Mean of one column over seeds, or None where the column is empty."""
     values = [r[key] for r in records if r[key] is not None]
@@ -99,6 +94,20 @@ def by_writer(rows, n):
         if row["n"] == (n if row["method"] == "bon" else 1):
             found.setdefault((row["method"], name_of(row)), []).append(row)
     return found
+
+
+def by_model(records):
+    """{reward model: its records, one a seed}, in the table's order."""
+    found = {}
+    for record in records:
+        found.setdefault(record["reward_model"], []).append(record)
+    return found
+
+
+def agreement(records):
+    """(mean, 95% half-width) of how often a reward model agrees with people on held-out pairs."""
+    return (over_seeds(records, "human_agreement"),
+            interval(records, "human_agreement", "human_ci95"))
 
 
 def print_table(rows, n, summary=None, gold=None):
@@ -140,15 +149,13 @@ def print_reward_models(records):
     people = any(r["human_pairs"] for r in records)
     print(f"{'':18}{'accuracy':>9}{'calib.':>8}{'golden':>8}{'length':>8}{'marks':>8}"
           + (f"{'agrees with people':>20}" if people else ""))
-    for name in dict.fromkeys(r["reward_model"] for r in records):
-        mine = [r for r in records if r["reward_model"] == name]
+    for name, mine in by_model(records).items():
         columns = [(number(over_seeds(mine, key)), width)
                    for key, width in (("accuracy", 9), ("calibration_error", 8), ("corr_golden", 8),
                                       ("corr_length", 8), ("marks_worth", 8))]
         if people:
-            half = number(interval(mine, "human_agreement", "human_ci95"), "{:.3f}")
-            agreement = number(over_seeds(mine, "human_agreement"), "{:.3f}")
-            columns.append((f"{agreement} +- {half}", 20))
+            mean, half = (number(value, "{:.3f}") for value in agreement(mine))
+            columns.append((f"{mean} +- {half}", 20))
         print(f"  {name:16}" + "".join(f"{text:>{width}}" for text, width in columns))
 
 
@@ -223,21 +230,20 @@ def draw_reward_models(plt, records, out):
         ("marks_worth", "worth of the marks, sd of scores"),
         ("human_agreement", "agreement with people on pairs")) if any(r[key] for r in records)]
     figure, axes = plt.subplots(1, len(panels), figsize=(3 * len(panels), 2.6), sharey=True)
-    models = list(dict.fromkeys(r["reward_model"] for r in records))[::-1]
+    models = list(by_model(records).items())[::-1]
     for axis, (key, title) in zip(np.atleast_1d(axes), panels):
         chance = 0.5 if key == "human_agreement" else 0
-        for i, model in enumerate(models):
-            values = [r[key] for r in records if r["reward_model"] == model and r[key] is not None]
+        for i, (model, mine) in enumerate(models):
+            values = [r[key] for r in mine if r[key] is not None]
             if values:
-                mean, half = mean_ci(values)
-                if chance and len(values) == 1:
-                    half = next(r["human_ci95"] for r in records if r["reward_model"] == model)
+                mean, half = agreement(mine) if chance else mean_ci(values)
                 axis.barh(i, mean - chance, left=chance, color=COLORS[model],
                           xerr=None if np.isnan(half) else half)
             else:
                 axis.text(chance, i, " not defined", va="center", fontsize=7, color="#555555")
         axis.axvline(chance, color="black", linewidth=0.8)
-        axis.set(title=title, yticks=range(len(models)), yticklabels=models)
+        axis.set(title=title, yticks=range(len(models)),
+                 yticklabels=[model for model, _ in models])
     return save_figure(figure, Path(out) / "reward_models.png")
 
 

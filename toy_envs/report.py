@@ -12,7 +12,9 @@ from itertools import groupby
 from pathlib import Path
 
 from model import write_aside
-from toy_envs.figures import COLORS, by_writer, counted, interval, number, over_seeds
+from toy_envs.figures import (COLORS, agreement, by_model, by_writer, interval, number,
+                              over_seeds)
+from toy_envs.runs import counted
 from toy_envs.truth import WRITERS, judge_note, name_of
 
 FIGURES = {     # that a run may have drawn: what is to be seen in them
@@ -134,18 +136,6 @@ def learned_table(records):
         lines.append(((name, COLORS[name]), *cells.values()))
     return table("What the reward models learned",
                  ("reward model", *(title for _, title in known)), lines)
-
-
-def by_model(records):
-    """{reward model: its records, one a seed}, in the table's order."""
-    names = dict.fromkeys(r["reward_model"] for r in records)
-    return {name: [r for r in records if r["reward_model"] == name] for name in names}
-
-
-def agreement(records):
-    """(mean, 95% half-width) of how often a reward model agrees with people on held-out pairs."""
-    return (over_seeds(records, "human_agreement"),
-            interval(records, "human_agreement", "human_ci95"))
 
 
 # ---- the browser of samples ----------------------------------------------------------------------

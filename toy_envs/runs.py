@@ -74,6 +74,11 @@ def parse_settings(Settings, argv=None):
     return Settings(**vars(parser.parse_args(argv)))
 
 
+def counted(n, things):
+    """"1 text", "2,000 texts": n of the things, whose name is given in the plural."""
+    return f"{n:,} {things.removesuffix('s') if n == 1 else things}"
+
+
 def run_script(main):
     """Call main(). Bad input and what cannot be written are one line and exit status 2; Ctrl-C is
     130; a reader of the output that leaves, as `| head -1` does, is no word and 141, as in a shell.

@@ -14,8 +14,8 @@ import torch
 
 from model import InputError, bpe_tokenizer, encode_pair, sample_responses, word_tokenizer
 from toy_envs.checkpoints import load_tokenizer
-from toy_envs.figures import counted
 from toy_envs.files import read_examples, read_prompts, read_texts
+from toy_envs.runs import counted
 from toy_envs.text_tasks import MAX_WORDS, TextTask
 
 MIN_JUDGE_PAIRS = 100   # of fewer no judge is worth the name
@@ -102,6 +102,19 @@ def split_by_prompt(examples, s, rng):
     return held, judge, learn
 
 
+def apart_once_cut(held, judge, learn, more_prompts, cut):
+    """(test, judge, demos, the same uncut, prompts to learn from), prompts cut: those that
+    differed may be the same then, and stay with the first of the three that has them."""
+    test, judge = ([replace(e, prompt=cut(e.prompt)) for e in part] for part in (held, judge))
+    unseen = {e.prompt for e in test}
+    judge = [e for e in judge if e.prompt not in unseen]
+    unseen |= {e.prompt for e in judge}
+    whole = [e for e in learn if cut(e.prompt) not in unseen]
+    demos = [replace(e, prompt=cut(e.prompt)) for e in whole]
+    prompts = [e.prompt for e in demos] + [x for x in map(cut, more_prompts) if x not in unseen]
+    return test, judge, demos, whole, prompts
+
+
 def file_world(s, seed):
     """One's own data: demonstrations from a file, split by seed into training and held out.
 
@@ -126,17 +139,11 @@ def file_world(s, seed):
         return tokenizer.tail(prompt, s.max_prompt)
 
     n_cut = sum(cut(x) != x for x in [e.prompt for e in learn + held + judge] + more_prompts)
-    test, judge = ([replace(e, prompt=cut(e.prompt)) for e in part] for part in (held, judge))
-    unseen = {e.prompt for e in test}       # prompts that differed may be the same once cut
-    judge = [e for e in judge if e.prompt not in unseen]
-    unseen |= {e.prompt for e in judge}
+    test, judge, demos, whole, prompts = apart_once_cut(held, judge, learn, more_prompts, cut)
     if s.gold == "pairs" and len(judge) < MIN_JUDGE_PAIRS:
         raise InputError(f"--gold pairs: {s.demos} leaves {len(judge)} pairs of chosen and rejected"
                          f" answers for the judge; it takes {MIN_JUDGE_PAIRS}")
-    whole = [e for e in learn if cut(e.prompt) not in unseen]
     corpus = corpus or [e.prompt + e.response for e in whole]
-    demos = [replace(e, prompt=cut(e.prompt)) for e in whole]
-    prompts = [e.prompt for e in demos] + [x for x in map(cut, more_prompts) if x not in unseen]
     if not demos:
         raise InputError(f"{s.demos}: cut to {s.max_prompt} tokens, every prompt to train on is "
                          "also a held-out one; raise --max-prompt")
