@@ -28,8 +28,8 @@ from divergences import discriminator_loss, policy_gradient_loss
 from model import (GPT, GPTConfig, InputError, bpe_tokenizer, collate, encode_documents,
                    logp_at, logp_token, sample_responses, write_aside, write_json)
 from reward import HEADS, RewardModel, at_the_end, bradley_terry_loss, implicit_reward
-from toy_envs.batches import (Forward, Objective, from_all, length_batches, micro_batches,
-                              processes, rank_and_count)
+from toy_envs.batches import (Forward, Objective, add_up, flattened, from_all, length_batches,
+                              micro_batches, processes, rank_and_count)
 from toy_envs.checkpoints import load_pretrained, save_pretrained, save_reward
 from toy_envs.files import describe, read_pairs, read_prompts, read_texts
 from toy_envs.runs import (Snapshot, choose_device, claimed, parse_settings, provenance, run_script,
@@ -45,7 +45,7 @@ class Schedule:
     epochs: float = setting(1.0, "passes over the data")
     batch_size: int = setting(16, "items per step")
     warmup: float = setting(0.1, "share of the steps spent warming up")
-    weight_decay: float = setting(0.0, "decoupled weight decay, of matrices; policy gradients: all")
+    weight_decay: float = setting(0.0, "decoupled weight decay, of matrices")
     clip: float = setting(1.0, "largest gradient norm")
     evaluations: int = setting(8, "looks at the held-out data; the best one is kept")
     micro_tokens: int = setting(0, "tokens that go through the model at a time, padding included; "
@@ -95,7 +95,7 @@ def fit(model, items, loss_fn, schedule, rng, label="fit", held_out=(), snapshot
             state["epoch"] = rng.getstate()
             queue = length_batches(items, schedule.batch_size, rng)
         loss = objective.accumulate(queue.pop())
-        take_step(model, optimizer, loss, schedule, step, steps, label)
+        take_step(optimizer, loss, schedule, step, steps, label)
         history.append({"step": step, "loss": loss})
         if held_out and step in looks:
             history[-1]["held_out"] = now = objective.mean(held_out, schedule.batch_size)
@@ -108,27 +108,28 @@ def fit(model, items, loss_fn, schedule, rng, label="fit", held_out=(), snapshot
     return history
 
 
-def make_optimizer(model, schedule):
-    """AdamW; weight decay is for matrices only."""
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    return torch.optim.AdamW([{"params": matrices, "weight_decay": schedule.weight_decay},
-                              {"params": vectors, "weight_decay": 0.0}],
-                             lr=schedule.lr, betas=(0.9, 0.99), fused=True)
+def make_optimizer(model, schedule, betas=(0.9, 0.99)):
+    """AdamW of two tensors that hold all parameters; weight decay is for matrices only."""
+    matrices, vectors = (flattened([p for p in model.parameters() if (p.dim() > 1) == wanted])
+                         for wanted in (True, False))
+    return torch.optim.AdamW([{"params": [matrices], "weight_decay": schedule.weight_decay},
+                              {"params": [vectors], "weight_decay": 0.0}],
+                             lr=schedule.lr, betas=betas, fused=True)
 
 
-def take_step(model, optimizer, loss, schedule, step, steps, label):
-    """Step number `step` of `steps` down the gradient, clipped, at the schedule's rate.
-    Raises InputError if the loss or the gradient is not finite.
-    """
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), schedule.clip).item()
+def take_step(optimizer, loss, schedule, step, steps, label):
+    """Step number `step` of `steps` down the gradient, clipped, at the schedule's rate. Raises
+    InputError if the loss or the gradient is not finite."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    add_up(p.grad for p in parameters)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, schedule.clip).item()
     if not math.isfinite(loss) or not math.isfinite(norm):
         raise InputError(f"{label}: the loss is {loss}, its gradient's norm {norm}, at step {step};"
                          " a lower learning rate may help")
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(schedule, step, steps)
     optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad(set_to_none=False)      # the parameters' gradients are parts of these
 
 
 # ---- the stages ---------------------------------------------------------------------------------
@@ -220,8 +221,7 @@ def optimise_policy(sft, reward, draw, steps, schedule, beta, k, ppo_clip=0.0, d
     policy = copy.deepcopy(sft)
     forward = Forward(policy, logp_token, schedule.bf16, schedule.compile)
     reference = Forward(sft, logp_token, schedule.bf16)     # as it is computed for the policy
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=schedule.lr, betas=(0.9, 0.95),
-                                  weight_decay=schedule.weight_decay)
+    optimizer = make_optimizer(policy, schedule, betas=(0.9, 0.95))
     learner = {"reward": reward} if hasattr(reward, "learn") else {}
     snapshots = Snapshot(snapshot, (schedule, steps, beta, k, ppo_clip, dense), model=policy,
                          optimizer=optimizer, **learner, **(draws_from or {}))
@@ -238,7 +238,7 @@ def optimise_policy(sft, reward, draw, steps, schedule, beta, k, ppo_clip=0.0, d
         for _ in range(4 if ppo_clip else 1):
             loss, logp = policy_gradient(forward, parts, old, beta, k, ppo_clip)
             old = old or logp
-            take_step(policy, optimizer, loss, schedule, step, steps, label)
+            take_step(optimizer, loss, schedule, step, steps, label)
         history.append({"step": step, **sample_means(parts, old),
                         **(watch(policy, pairs) if watch else {})})
         snapshots.keep(history=history)
@@ -248,7 +248,7 @@ def optimise_policy(sft, reward, draw, steps, schedule, beta, k, ppo_clip=0.0, d
 @torch.no_grad()
 def rewarded(reference, reward, pairs, dense):
     """(batch, its rewards (B, T), log pi_SFT (B, T)) of samples."""
-    batch = collate(pairs, device_of(reference))
+    batch = collate(pairs, device_of(reference.model))
     rewards = reward.token_rewards(batch)
     return batch, rewards if dense else at_the_end(rewards.sum(1), batch), reference(batch)
 

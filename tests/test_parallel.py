@@ -84,7 +84,7 @@ def test_accumulated_gradients_are_the_whole_batch_s(loss_fn, weigh, pairs):
             objective, total = Objective(model, loss_fn, weigh, Schedule(micro_tokens=tokens)), 0.0
             for rank in range(count):
                 for part, share in objective.parts(batch, rank, count):
-                    loss = objective.alone(part) * share
+                    loss = objective.forward(part) * share
                     loss.backward()
                     total += loss.item()
             assert total == pytest.approx(value, rel=1e-12)

@@ -1,5 +1,6 @@
 """The loops: what bears loss, what is kept, when to stop; checkpoints from the command line."""
 
+import copy
 import json
 import math
 import random
@@ -144,15 +145,46 @@ def test_stage_by_stage_from_files(tmp_path, capsys):
 
 def test_a_step_is_clipped_and_vectors_do_not_decay():
     """Otherwise one odd batch undoes a run, and biases and norms are pulled to zero."""
-    model, schedule = tiny(), Schedule(lr=1.0, clip=0.5, weight_decay=0.1)
+    model, schedule = tiny(), Schedule(lr=1.0, clip=0.5)
     before = [p.detach().clone() for p in model.parameters()]
     for p in model.parameters():
         p.grad = torch.full_like(p, 100.0)
-    train.take_step(model, torch.optim.SGD(model.parameters()), 1.0, schedule, 0, 1, "test")
+    train.take_step(torch.optim.SGD(model.parameters()), 1.0, schedule, 0, 1, "test")
     moved = [(a - b).pow(2).sum() for a, b in zip(before, model.parameters())]
     torch.testing.assert_close(sum(moved).sqrt(), torch.tensor(0.5))
-    for group in train.make_optimizer(model, schedule).param_groups:
-        assert {p.dim() >= 2 for p in group["params"]} == {group["weight_decay"] == 0.1}
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = train.make_optimizer(model, Schedule(lr=1.0, weight_decay=0.1))
+    train.take_step(optimizer, 1.0, schedule, 0, 1, "test")        # of no gradient: decay alone
+    for p, b in zip(model.parameters(), before):
+        torch.testing.assert_close(p, b * 0.9 if p.dim() >= 2 else b, rtol=1e-6, atol=0)
+
+
+def test_the_optimizer_s_two_tensors_are_the_parameters():
+    """Ten steps as torch takes them with each parameter by itself, forward and back; a copy of the
+    model, or its weights read from elsewhere, are still its own."""
+    model, plan = tiny().double(), Schedule(lr=1e-2, clip=0.1)
+    plain = copy.deepcopy(model)
+    flat = train.make_optimizer(model, plan)
+    single = torch.optim.AdamW(plain.parameters(), lr=1e-2, betas=(0.9, 0.99), weight_decay=0.0)
+    batch = [(([2, 3], [4, 5, 6]),), (([1], [7, 0]),)]
+    for step in range(10):
+        for m in (model, plain):
+            train.nll_loss(m, batch).backward()
+        train.take_step(flat, 1.0, plan, step, 10, "test")
+        torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.1)
+        single.param_groups[0]["lr"] = train.learning_rate(plan, step, 10)
+        single.step()
+        single.zero_grad()
+    for a, b in zip(model.parameters(), plain.parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+    other = copy.deepcopy(model)
+    model.load_state_dict(plain.state_dict())
+    assert sum(len(group["params"][0]) for group in flat.param_groups) == sum(
+        p.numel() for p in model.parameters())
+    assert torch.equal(flat.param_groups[0]["params"][0][:model.wte.weight.numel()],
+                       plain.wte.weight.flatten())
+    assert not torch.equal(other.wte.weight, model.wte.weight)
+
 
 
 def test_a_reward_model_is_the_best_one_on_all_held_out_items():

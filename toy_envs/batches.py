@@ -6,14 +6,12 @@ Either way the gradients add up to those of the whole batch, to rounding. Every 
 whole batch, draws the same random numbers and takes every K-th item; one process is K = 1.
 """
 
-import gc
 import os
 import sys
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 
 import torch
 import torch.distributed as dist
-import torch.nn as nn
 
 
 # ---- processes ----------------------------------------------------------------------------------
@@ -38,7 +36,6 @@ def processes(device):
         finished = True
     finally:        # after an error NCCL might wait for the others, which torchrun ends
         if finished or device.type != "cuda":
-            gc.collect()    # DistributedDataParallel's cycles must let go of the group before
             dist.destroy_process_group()
 
 
@@ -59,6 +56,25 @@ def from_all(value):
     values = [None] * count
     dist.all_gather_object(values, value)
     return values
+
+
+def flattened(parameters):
+    """One tensor of which the parameters become views, and its gradient, of which theirs do.
+
+    To clip, add up over processes and move it is one operation each, not one for each parameter.
+    """
+    sizes = [p.numel() for p in parameters]
+    flat = torch.cat([p.detach().flatten() for p in parameters])
+    flat.grad = torch.zeros_like(flat)
+    for p, data, grad in zip(parameters, flat.split(sizes), flat.grad.split(sizes)):
+        p.data, p.grad = data.view_as(p), grad.view_as(p)
+    return flat
+
+
+def add_up(tensors):
+    """Each tensor becomes its sum over all processes."""
+    for tensor in tensors if rank_and_count()[1] > 1 else ():
+        dist.all_reduce(tensor)
 
 
 # ---- batches ------------------------------------------------------------------------------------
@@ -97,30 +113,29 @@ def micro_batches(batch, tokens):
     return parts
 
 
-class Forward(nn.Module):
-    """loss_fn(model, items) as a module's forward, which is what DistributedDataParallel shares.
+class Forward:
+    """loss_fn(model, items), as it is computed in training.
 
     bf16: in autocast. compile: with the transformer's `hidden` compiled, in training alone, since
     sampling's caches change shape at every token; nothing of it stays in the model.
     """
 
     def __init__(self, model, loss_fn, bf16=False, compile=False):
-        super().__init__()
         self.model, self.loss_fn, self.bf16 = model, loss_fn, bf16
-        trunk = getattr(model, "trunk", model)
-        self.fast = torch.compile(trunk.hidden, dynamic=True) if compile else None
+        self.trunk = getattr(model, "trunk", model)
+        self.fast = torch.compile(self.trunk.hidden, dynamic=True) if compile else None
 
-    def forward(self, items):
-        trunk = getattr(self.model, "trunk", self.model)
-        fast, device = self.fast and torch.is_grad_enabled(), next(trunk.parameters()).device
+    def __call__(self, items):
+        fast = self.fast and torch.is_grad_enabled()
         if fast:
-            trunk.hidden = self.fast
+            self.trunk.hidden = self.fast
         try:
+            device = next(self.trunk.parameters()).device
             with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
                 return self.loss_fn(self.model, items)
         finally:
             if fast:
-                del trunk.hidden
+                del self.trunk.hidden
 
 
 class Objective:
@@ -132,27 +147,21 @@ class Objective:
 
     def __init__(self, model, loss_fn, weigh, schedule):
         self.weigh, self.micro_tokens = lambda items: weigh(model, items), schedule.micro_tokens
-        self.alone = self.shared = Forward(model, loss_fn, schedule.bf16, schedule.compile)
-        if rank_and_count()[1] > 1:
-            self.shared = nn.parallel.DistributedDataParallel(self.alone)
+        self.forward = Forward(model, loss_fn, schedule.bf16, schedule.compile)
 
     def parts(self, batch, rank=0, count=1):
         """[(micro-batch, its share of the batch's mean)] of one process; all shares add up to 1."""
-        mine, total = batch[rank::count], self.weigh(batch)
-        if not mine:        # all processes have to meet: an item of no weight
-            return [(batch[:1], 0.0)]
+        total = self.weigh(batch)
         return [(part, self.weigh(part) / total)
-                for part in micro_batches(mine, self.micro_tokens)]
+                for part in micro_batches(batch[rank::count], self.micro_tokens) if part]
 
     def accumulate(self, batch):
-        """Add up the gradient of the batch's mean loss; returns that loss, a float."""
-        total, (rank, count) = 0.0, rank_and_count()
-        *parts, last = self.parts(batch, rank, count)
-        for part, share in (*parts, last):
-            wait = count > 1 and part is not last[0]        # exchange gradients once, at the last
-            with self.shared.no_sync() if wait else nullcontext():
-                loss = self.shared(part) * share
-                (loss * count).backward()       # of which DistributedDataParallel takes the mean
+        """Add up the gradient of the batch's mean loss, its own items' part in each process.
+        Returns that loss, the whole batch's in all of them, a float."""
+        total = 0.0
+        for part, share in self.parts(batch, *rank_and_count()):
+            loss = self.forward(part) * share
+            loss.backward()
             total += loss.item()
         return sum(from_all(total))
 
@@ -161,5 +170,5 @@ class Objective:
         """The loss over all items, in batches of similar length: a mean over all of its terms."""
         items = sorted(items, key=item_length)
         chunks = [items[i:i + batch_size] for i in range(0, len(items), batch_size)]
-        return sum(self.alone(part).item() * self.weigh(part) for chunk in chunks
+        return sum(self.forward(part).item() * self.weigh(part) for chunk in chunks
                    for part in micro_batches(chunk, self.micro_tokens)) / self.weigh(items)

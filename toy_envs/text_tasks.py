@@ -25,7 +25,7 @@ Units: golden reward in points per response, log-densities in nats per sequence.
 """
 
 import math
-from functools import cached_property
+from functools import cache, cached_property
 
 MAX_WORDS = 44          # T: the longest response, in words; the episode ends there
 NOISE = 1e-4            # share of responses that are babble: finite densities, hardly ever seen
@@ -221,6 +221,7 @@ class TextTask:
 
     # ---- the writers ----------------------------------------------------------------------------
 
+    @cache
     def tilted(self, prompt, tau):
         """P(kind|x), P(K|x) and log Z(x) of the writer at temperature tau (inf: the base).
 
@@ -270,6 +271,7 @@ class TextTask:
         """m different sentences in their own order: each of the C(n, m) choices equally likely."""
         return iter([sentences[i] for i in sorted(rng.sample(range(len(sentences)), m))])
 
+    @cache
     def _stray_steps(self, topic):
         return [step for other, steps in self.steps.items() if other != topic for step in steps]
 
