@@ -121,7 +121,7 @@ RANGES = {"heterogeneity label_noise": (0, 1), "ppo_clip": (0, 0.9), "label_smoo
           "seeds n_demos n_corpus n_samples n_prompts n_preferences n_candidates n_layer "
           "max_prompt max_response policy_steps rounds": (1, math.inf), "group": (2, math.inf),
           "micro_tokens": (0, math.inf)}
-FLOOR = 0.1     # alpha of the floored log-ratio: the usual share of the plausibility constraint
+FLOORS = {"log-ratio": 0.0, "floored": 0.1}     # alpha; 0.1 is the plausibility constraint's usual
 
 
 def schedules(s):
@@ -222,9 +222,8 @@ def train_rewards(world, s, run, init, sft, labelled, y_init, y_sft):
     for name, (model, history) in zip(names, side_by_side(learn, names, run.device)):
         run.log(name, history)
         rewards[name] = (model, data[name][1])
-    for name, floor in (("log-ratio", 0.0), ("floored", FLOOR)):
-        if name in s.rewards:
-            rewards[name] = (LogRatio(sft, init, floor), data["init-sft"][1])
+    rewards.update({name: (LogRatio(sft, init, floor), data["init-sft"][1])
+                    for name, floor in FLOORS.items() if name in s.rewards})
     return rewards
 
 
@@ -309,7 +308,7 @@ def run_methods(world, s, run, init, sft, rewards, labelled, truth):
                 first = first or responses
     if "closed-form" in s.methods:
         for beta in s.betas:
-            for model, floor in (("log-ratio", 0.0), ("floored", FLOOR)):
+            for model, floor in FLOORS.items():
                 truth.add_policy("closed-form", TokenExtrapolation(sft, init, beta, floor),
                                  LogRatio(sft, init, floor), reward_model=model, beta=beta)
     for method in ("adversarial", "adversarial-exact"):
@@ -368,7 +367,9 @@ def check(s):
     if s.n_candidates & (s.n_candidates - 1):
         raise InputError(f"--n-candidates must be a power of two, not {s.n_candidates}")
     train.check_model(s.n_embd, s.n_head, s.vocab_size)
-    if not s.demos and (s.corpus or s.prompts or s.gold):
+    if s.demos:
+        s.task = s.heterogeneity = s.n_corpus = None        # a built-in task's
+    elif s.corpus or s.prompts or s.gold:
         raise InputError("--corpus, --prompts and --gold go with --demos")
 
 
@@ -381,8 +382,7 @@ def run_seed(s, run, world):
     prompts, (y_init, y_sft) = draw_samples(world, s, run, init, sft)
     labelled = preference_items(world, s, run, prompts, y_sft)
     rewards = train_rewards(world, s, run, init, sft, labelled, y_init, y_sft)
-    source = {"task": "file" if s.demos else s.task, "seed": run.seed}
-    truth = Truth(world, source, init, sft, s.n_candidates, run)
+    truth = Truth(world, s.task or "file", init, sft, s.n_candidates, run)
     scores = best_of_n(s, run, rewards, truth)
     optimised = run_methods(world, s, run, init, sft, rewards, labelled, truth)
     records = run.stage("inspection", None, lambda: inspect_rewards(

@@ -358,6 +358,8 @@ def figures(data, folder):
 
 def main():
     runs, words = all_runs(), sys.argv[1:]
+    if words in (["-h"], ["--help"]):
+        sys.exit(print(__doc__))
     if words not in ([], ["collect"], ["pages"]):
         sys.exit("error: " + " ".join(words) + ": say collect, pages or nothing")
     if not words:

@@ -60,6 +60,7 @@ def test_help_has_the_stage_s_examples_in_80_columns(stage, capsys):
     with pytest.raises(SystemExit):
         train.main([stage, "--help"] if stage else ["--help"])
     shown = capsys.readouterr().out
+    assert shown.startswith(train.__doc__.splitlines()[0])      # the examples say the usage
     examples = re.findall(r"^    .*train\.py (\w+)", shown, re.M)
     assert set(examples) == ({stage} if stage else set(train.STAGES))
     assert max(map(len, shown.splitlines())) <= 80

@@ -355,7 +355,8 @@ def test_what_lessons_say_is_what_came_out(number, says, group, a, b):
 
 def test_what_lessons_say_is_level_or_turns():
     mean, half = gain("helpful-h0", "init-sft", "init-demo")
-    assert mean - half < 0 < mean + half, "lesson 6: equal at h = 0 on the helpful task"
+    assert abs(mean) + half < gain("helpful-h0", "init-sft", "sft")[0] / 10, (
+        "lesson 6: nearly as good at h = 0 on the helpful task")
     mean, half = gain("helpful-h0", "po init-sft 0.3", "init-sft")
     assert mean - half < 0 < mean + half, "lesson 7: optimising is no better than best of 16"
     assert gain("helpful-h0", "po init-sft 0.3", "init-sft", "kl_from_sft")[0] > 0

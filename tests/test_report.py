@@ -157,7 +157,8 @@ def test_columns_of_which_nothing_is_known_are_left_out():
 def run_of(gold=None, agreement=None, marks=None):
     """results of a made-up run of one seed; gold: {writer: points}, agreement: {reward model:
     share of people's pairs}, with an interval of 0.1."""
-    row = {"seed": 0, "beta": None, "gold_ci95": gold and 0.25, "proxy_mean": 1.0}
+    row = {"seed": 0, "task": "helpful", "beta": None, "gold_ci95": gold and 0.25,
+           "proxy_mean": 1.0}
     methods = {"sft": None, "demo": None, **dict.fromkeys(("init-sft", "floored", "golden"), "bon")}
     rows = [{**row, "method": method or name, "reward_model": method and name, "n": n,
              "gold_mean": gold and gold[name]} for name, method in methods.items()
@@ -198,6 +199,20 @@ def test_no_panel_of_a_figure_is_empty(results, panels, tmp_path, monkeypatch):
     paths = draw_run(results["rows"], results["reward_models"], tmp_path)
     assert [path.name for path in paths] == list(FIGURES)
     assert tuple(len(figure.axes) for figure in drawn) == panels
+
+
+@pytest.mark.parametrize("task, gold, title", [
+    ("helpful", "", "golden reward (the truth), points"),
+    ("file", "", "golden reward (by --gold), points"),
+    ("file", "a judge", "golden reward (a trained judge's), log-odds")])
+def test_only_a_built_in_task_s_golden_reward_is_called_the_truth(task, gold, title, tmp_path,
+                                                                  monkeypatch):
+    drawn = []
+    monkeypatch.setattr(pyplot(), "close", lambda figure: drawn.append(figure))
+    results = run_of(GOLD)
+    rows = [{**row, "task": task} for row in results["rows"]]
+    draw_run(rows, results["reward_models"], tmp_path, gold)
+    assert drawn[0].axes[0].get_title() == title
     assert all(axis.lines[1:] or axis.patches for figure in drawn for axis in figure.axes)
 
 

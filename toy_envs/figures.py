@@ -184,7 +184,8 @@ def by_seed(rows, model, key):
 def draw_run(rows, records, out, gold=None):
     """best_of_n.png and reward_models.png of one run; returns their paths. gold: of what judge."""
     plt = pyplot()
-    title = "golden reward (a trained judge's), log-odds" if gold else TRUTH
+    title = ("golden reward (a trained judge's), log-odds" if gold else
+             "golden reward (by --gold), points" if rows[0]["task"] == "file" else TRUTH)
     paths = [draw_best_of_n(plt, rows, Path(out) / "best_of_n.png", title)]
     return paths + ([draw_reward_models(plt, records, out)] if records else [])
 

@@ -29,6 +29,7 @@ import numpy as np
 
 from model import InputError, bpe_tokenizer, collate, encode_pair
 from toy_envs.checkpoints import load_pretrained
+from toy_envs.runs import counted
 
 TURN = "\n\nAssistant:"     # HH-RLHF's dialogue strings: the response follows the last one
 ROLES = {"system": "\n\n", "user": "\n\nHuman: ", "assistant": TURN + " "}
@@ -316,7 +317,7 @@ def describe(path, s):
         max_response += max_prompt
         cut = f"into pieces of at most {max_response} tokens"
     return "\n".join([
-        f"{path}: {forms.total():,} records, {len(examples):,} of use",
+        f"{path}: {counted(forms.total(), 'records')}, {len(examples):,} of use",
         *(f"{n:>9,}  {form}" for form, n in forms.items()),
         *(f"{n:>9,}  left out: {why}" for why, n in left_out.items()),
         f"lengths in tokens ({len(tokenizer):,} kinds, {s.init or 'a BPE of it'}), with EOS:",

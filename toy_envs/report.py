@@ -37,8 +37,8 @@ def write_report(out, results, samples, world):
     their world (of any seed: only its kinds of clauses are read); returns its path."""
     path, config, seeds = Path(out) / "report.html", results["config"], list(results["seconds"])
     n, over = min(16, config["n_candidates"]), "seeds" if len(seeds) > 1 else "prompts"
-    built_in = f"{config['task']}, heterogeneity {config['heterogeneity']:g}"
-    task = Path(config["demos"]).name if config["demos"] else built_in
+    task = (Path(config["demos"]).name if config["demos"] else
+            f"{config['task']}, heterogeneity {config['heterogeneity']:g}")
     data = json.dumps(browser_data(samples, world, results["rows"], n), allow_nan=False)
     parts = {
         "TITLE": escape(f"{task}; seed {' to '.join(dict.fromkeys((seeds[0], seeds[-1])))}"),
@@ -54,7 +54,8 @@ def write_report(out, results, samples, world):
                            for name, caption in FIGURES.items() if path.with_name(name).exists()),
         "SETTINGS": "".join(f"<div><dt>{escape(key)}</dt><dd>{escape(str(value))}</dd></div>\n"
                             for key, value in {"command": results["command"],
-                                               **results["versions"], **config}.items()),
+                                               **results["versions"], **config}.items()
+                            if value is not None),
         "DATA": data.replace("<", "\\u003c")}       # no tag can end or begin in the script element
     template = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
     page = re.sub("<!-- ([A-Z]+) -->", lambda slot: parts[slot[1]], template)

@@ -67,8 +67,10 @@ def add_flags(parser, Settings):
 
 
 def parse_settings(Settings, argv=None):
-    """Read the command line into the dataclass `Settings`; its docstring is the help's text."""
-    parser = _OneLineParser(description=Settings.__doc__, allow_abbrev=False,
+    """Read the command line into the dataclass `Settings`; its docstring is the help's text and
+    says the usage."""
+    parser = _OneLineParser(description=Settings.__doc__, usage=argparse.SUPPRESS,
+                            allow_abbrev=False,
                             formatter_class=argparse.RawDescriptionHelpFormatter)
     add_flags(parser, Settings)
     return Settings(**vars(parser.parse_args(argv)))

@@ -61,8 +61,9 @@ class Truth:
     run: its bookkeeping; each writer's samples are a stage of it, with randomness of their own.
     """
 
-    def __init__(self, world, source, init, sft, n_candidates, run):
-        self.world, self.source, self.run, self.sft, self.rows = world, source, run, sft, []
+    def __init__(self, world, task, init, sft, n_candidates, run):
+        self.world, self.run, self.sft, self.rows = world, run, sft, []
+        self.source = {"task": task, "seed": run.seed}
 
         def demonstrations(strip):      # cut and read as the policy's responses are
             return read(world, [[world.pair(x, strip(y))[1] for y in row]
