@@ -105,16 +105,15 @@ def fit(model, items, loss_fn, schedule, rng, label="fit", held_out=(), snapshot
             snapshots.keep(**{**state, "left": len(queue)})
     if state["best_model"] is not None:
         model.load_state_dict(state["best_model"])
+    model.zero_grad()       # or its gradient would stay in memory with it
     return history
 
 
 def make_optimizer(model, schedule, betas=(0.9, 0.99)):
     """AdamW of two tensors that hold all parameters; weight decay is for matrices only."""
-    matrices, vectors = (flattened([p for p in model.parameters() if (p.dim() > 1) == wanted])
-                         for wanted in (True, False))
-    return torch.optim.AdamW([{"params": [matrices], "weight_decay": schedule.weight_decay},
-                              {"params": [vectors], "weight_decay": 0.0}],
-                             lr=schedule.lr, betas=betas, fused=True)
+    groups = [{"params": [flattened([p for p in model.parameters() if (p.dim() > 1) == matrices])],
+               "weight_decay": schedule.weight_decay * matrices} for matrices in (True, False)]
+    return torch.optim.AdamW(groups, lr=schedule.lr, betas=betas, fused=True)
 
 
 def take_step(optimizer, loss, schedule, step, steps, label):
@@ -242,6 +241,7 @@ def optimise_policy(sft, reward, draw, steps, schedule, beta, k, ppo_clip=0.0, d
         history.append({"step": step, **sample_means(parts, old),
                         **(watch(policy, pairs) if watch else {})})
         snapshots.keep(history=history)
+    policy.zero_grad()
     return policy, history
 
 

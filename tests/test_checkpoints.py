@@ -21,6 +21,7 @@ import transformers
 import afd
 from toy_envs import checkpoints as c
 import train
+from toy_envs.batches import flattened
 from toy_envs.checkpoints import (
     load_init, load_pretrained, load_reward, load_tokenizer, save_pretrained, save_reward)
 from model import (
@@ -451,7 +452,10 @@ def test_a_reward_model_comes_back(head, tmp_path):
     reward = RewardModel(ours(suppress=BPE.suppress), head)
     torch.nn.init.normal_(reward.score.weight)
     torch.nn.init.normal_(reward.score.bias)
+    flattened(list(reward.parameters()))        # as in training: parts of one tensor
     save_reward(tmp_path, reward, BPE)
+    numbers = sum(p.numel() for p in reward.score.parameters())
+    assert (tmp_path / "reward_head.pt").stat().st_size < 4 * numbers + 4000    # the head alone
     again, tokenizer = load_reward(tmp_path)
     batch = collate([([5, 6], [7, 8, 1]), ([5], [9, 1])])
     assert again.head == head and tokenizer.eos == BPE.eos

@@ -77,6 +77,7 @@ def test_keeps_the_weights_that_were_best_on_held_out_data():
     assert looks[0] < looks[-1]
     objective = train.Objective(model, nll_loss, train.targets, Schedule())
     assert objective.mean(held, 8) == pytest.approx(min(looks), abs=1e-5)
+    assert all(p.grad is None for p in model.parameters())      # else kept as long as the model
 
 
 def test_a_loss_that_is_not_finite_stops_and_names_the_step():
@@ -184,7 +185,6 @@ def test_the_optimizer_s_two_tensors_are_the_parameters():
     assert torch.equal(flat.param_groups[0]["params"][0][:model.wte.weight.numel()],
                        plain.wte.weight.flatten())
     assert not torch.equal(other.wte.weight, model.wte.weight)
-
 
 
 def test_a_reward_model_is_the_best_one_on_all_held_out_items():

@@ -234,7 +234,8 @@ def load_init(name, world):
 def save_reward(folder, reward, tokenizer):
     """A reward model's folder: its trunk as a checkpoint, and reward_head.pt beside it."""
     save_pretrained(folder, reward.trunk, tokenizer)
-    state = {"head": reward.head, "score": reward.score.state_dict()}
+    score = {name: part.clone() for name, part in reward.score.state_dict().items()}
+    state = {"head": reward.head, "score": score}       # a part of a tensor is saved as all of it
     write_aside(Path(folder) / "reward_head.pt", lambda f: torch.save(state, f))
 
 
