@@ -28,8 +28,8 @@ from divergences import discriminator_loss, policy_gradient_loss
 from model import (GPT, GPTConfig, InputError, bpe_tokenizer, collate, encode_documents,
                    logp_at, logp_token, sample_responses, write_aside, write_json)
 from reward import HEADS, RewardModel, at_the_end, bradley_terry_loss, implicit_reward
-from toy_envs.batches import (Forward, Objective, add_up, flattened, from_all, length_batches,
-                              micro_batches, processes, rank_and_count)
+from toy_envs.batches import (Forward, Objective, add_up_gradients, flattened, from_all,
+                              length_batches, micro_batches, processes, rank_and_count)
 from toy_envs.checkpoints import load_pretrained, save_pretrained, save_reward
 from toy_envs.files import describe, read_pairs, read_prompts, read_texts
 from toy_envs.runs import (Snapshot, choose_device, claimed, parse_settings, provenance, run_script,
@@ -95,6 +95,7 @@ def fit(model, items, loss_fn, schedule, rng, label="fit", held_out=(), snapshot
             state["epoch"] = rng.getstate()
             queue = length_batches(items, schedule.batch_size, rng)
         loss = objective.accumulate(queue.pop())
+        add_up_gradients(optimizer)
         take_step(optimizer, loss, schedule, step, steps, label)
         history.append({"step": step, "loss": loss})
         if held_out and step in looks:
@@ -120,7 +121,6 @@ def take_step(optimizer, loss, schedule, step, steps, label):
     """Step number `step` of `steps` down the gradient, clipped, at the schedule's rate. Raises
     InputError if the loss or the gradient is not finite."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    add_up(p.grad for p in parameters)
     norm = torch.nn.utils.clip_grad_norm_(parameters, schedule.clip).item()
     if not math.isfinite(loss) or not math.isfinite(norm):
         raise InputError(f"{label}: the loss is {loss}, its gradient's norm {norm}, at step {step};"

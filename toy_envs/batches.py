@@ -71,10 +71,11 @@ def flattened(parameters):
     return flat
 
 
-def add_up(tensors):
-    """Each tensor becomes its sum over all processes."""
-    for tensor in tensors if rank_and_count()[1] > 1 else ():
-        dist.all_reduce(tensor)
+def add_up_gradients(optimizer):
+    """The gradients of what the optimizer moves become their sums over all processes."""
+    for group in optimizer.param_groups if rank_and_count()[1] > 1 else ():
+        for p in group["params"]:
+            dist.all_reduce(p.grad)
 
 
 # ---- batches ------------------------------------------------------------------------------------
