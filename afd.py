@@ -28,13 +28,13 @@ from divergences import DIVERGENCES, get_divergence
 from model import GPT, GPTConfig, InputError, encode_documents, write_json
 from reward import (HEADS, REWARD_MODELS, Adversary, ExactAdversary, LogRatio, RewardModel,
                     TokenExtrapolation, score)
-from toy_envs.checkpoints import load_init, save_pretrained, save_reward
-from toy_envs.figures import draw_run, print_reward_models, print_samples, print_table
-from toy_envs.report import FIGURES, write_report
-from toy_envs.runs import (Run, choose_device, claimed, counted, parse_settings, provenance,
+from utils.checkpoints import load_init, save_pretrained, save_reward
+from utils.plots import draw_run, print_reward_models, print_samples, print_table
+from utils.report import FIGURES, write_report
+from utils.cli import (Run, choose_device, claimed, counted, parse_settings, provenance,
                            run_script, setting, side_by_side)
-from toy_envs.truth import Truth, inspect_rewards, pick_samples, summarise, train_judge
-from toy_envs.worlds import file_world, text_world
+from utils.evaluate import Truth, inspect_rewards, pick_samples, summarise, train_judge
+from utils.worlds import file_world, text_world
 from train import Schedule
 
 METHODS = ("po", "closed-form", "adversarial", "adversarial-exact", "spin", "irft", "dpo")

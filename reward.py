@@ -29,7 +29,7 @@ import torch.nn.functional as F
 
 from divergences import discriminator_loss
 from model import GPT, collate, logp_seq, logp_writable, states
-from toy_envs.batches import micro_batches
+from utils.batches import micro_batches
 
 HEADS = ("sum", "last")
 REWARD_MODELS = ("init-sft", "init-demo", "sft-demo", "preference", "log-ratio", "floored")

@@ -28,11 +28,11 @@ from divergences import discriminator_loss, policy_gradient_loss
 from model import (GPT, GPTConfig, InputError, bpe_tokenizer, collate, encode_documents,
                    logp_at, logp_token, sample_responses, write_aside, write_json)
 from reward import HEADS, RewardModel, at_the_end, bradley_terry_loss, implicit_reward
-from toy_envs.batches import (Forward, Objective, add_up_gradients, flattened, from_all,
+from utils.batches import (Forward, Objective, add_up_gradients, flattened, from_all,
                               length_batches, micro_batches, processes, rank_and_count)
-from toy_envs.checkpoints import load_pretrained, save_pretrained, save_reward
-from toy_envs.files import describe, read_pairs, read_prompts, read_texts
-from toy_envs.runs import (Snapshot, choose_device, claimed, parse_settings, provenance, run_script,
+from utils.checkpoints import load_pretrained, save_pretrained, save_reward
+from utils.data import describe, read_pairs, read_prompts, read_texts
+from utils.cli import (Snapshot, choose_device, claimed, parse_settings, provenance, run_script,
                            setting)
 
 

@@ -24,9 +24,9 @@ sys.path.insert(0, str(ROOT))       # this script lives in docs/
 
 from model import write_json                                            # noqa: E402
 from reward import mean_ci                                              # noqa: E402
-from toy_envs.figures import (draw_best_of_n, draw_frontier, draw_heterogeneity,   # noqa: E402
+from utils.plots import (draw_best_of_n, draw_frontier, draw_heterogeneity,   # noqa: E402
                               pyplot)
-from toy_envs.truth import WRITERS, name_of, summarise                  # noqa: E402
+from utils.evaluate import WRITERS, name_of, summarise                  # noqa: E402
 
 RUNS = Path("out") / "results"
 COLLECTED = ROOT / "docs" / "results.json"

@@ -44,9 +44,9 @@ import train                                                                # no
 from model import (GPT, GPTConfig, InputError, collate,       # noqa: E402
                    sample_responses, write_json)
 from reward import RewardModel, score                                       # noqa: E402
-from toy_envs.batches import item_length, length_batches                    # noqa: E402
-from toy_envs.figures import pyplot, save_figure                            # noqa: E402
-from toy_envs.runs import (choose_device, make_folder, parse_settings,       # noqa: E402
+from utils.batches import item_length, length_batches                    # noqa: E402
+from utils.plots import pyplot, save_figure                            # noqa: E402
+from utils.cli import (choose_device, make_folder, parse_settings,       # noqa: E402
                            run_script, setting)
 
 

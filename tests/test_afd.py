@@ -15,9 +15,9 @@ import torch
 import afd
 from model import InputError
 from reward import CONTROLS, REWARD_MODELS
-from toy_envs.checkpoints import load_pretrained
+from utils.checkpoints import load_pretrained
 from toy_envs.text_tasks import FLOURISHES, TextTask
-from toy_envs.truth import held_out_quality
+from utils.evaluate import held_out_quality
 from train import parse_settings
 
 ROOT = Path(__file__).resolve().parent.parent

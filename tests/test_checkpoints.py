@@ -19,10 +19,10 @@ import torch
 import transformers
 
 import afd
-from toy_envs import checkpoints as c
+from utils import checkpoints as c
 import train
-from toy_envs.batches import flattened
-from toy_envs.checkpoints import (
+from utils.batches import flattened
+from utils.checkpoints import (
     load_init, load_pretrained, load_reward, load_tokenizer, save_pretrained, save_reward)
 from model import (
     EOS, PAD, UNK, GPT, GPTConfig, InputError, bpe_tokenizer, collate, encode_documents,

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import train
 from model import InputError, bpe_tokenizer
-from toy_envs.files import (read_examples, read_lines, read_pairs, read_prompts, read_records,
+from utils.data import (read_examples, read_lines, read_pairs, read_prompts, read_records,
                             read_texts, show_pair, split_dialogue)
 
 GOOD = {"prompt": "why?", "response": "because"}

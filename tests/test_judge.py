@@ -10,11 +10,11 @@ import torch
 import afd
 from model import GPT, GPTConfig, InputError, encode_pair
 from reward import score
-from toy_envs.checkpoints import load_reward
-from toy_envs.report import write_report
-from toy_envs.runs import Run
-from toy_envs.truth import judge_note, train_judge
-from toy_envs.worlds import file_world
+from utils.checkpoints import load_reward
+from utils.report import write_report
+from utils.cli import Run
+from utils.evaluate import judge_note, train_judge
+from utils.worlds import file_world
 from train import Schedule
 
 TINY = ["--gold", "pairs", "--vocab-size", "300", "--max-prompt", "24", "--max-response", "12",

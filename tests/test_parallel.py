@@ -20,7 +20,7 @@ import train
 from divergences import get_divergence
 from model import GPT, GPTConfig, InputError, collate
 from reward import Adversary, LogRatio, RewardModel
-from toy_envs.batches import Forward, Objective, item_length, micro_batches
+from utils.batches import Forward, Objective, item_length, micro_batches
 from train import Schedule, discriminator_step, fit, nll_loss, preference_step, targets
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -298,7 +298,7 @@ def test_compiling_is_for_training_alone(monkeypatch):
 
 STAGES = """
 import json, os, sys, torch, train
-from toy_envs.batches import from_first, processes
+from utils.batches import from_first, processes
 with processes(torch.device("cpu")):
     for argv in json.loads(sys.argv[1]):
         train.main(argv)

@@ -11,7 +11,7 @@ import pytest
 
 import afd
 import train
-from toy_envs.files import read_examples, read_prompts
+from utils.data import read_examples, read_prompts
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

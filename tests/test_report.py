@@ -14,11 +14,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from toy_envs.figures import COLORS, draw_run, pyplot
-from toy_envs.report import FIGURES, clauses, table, verdict, write_report
+from utils.plots import COLORS, draw_run, pyplot
+from utils.report import FIGURES, clauses, table, verdict, write_report
 from toy_envs.text_tasks import FLOURISHES, TextTask
-from toy_envs.truth import summarise
-from toy_envs.worlds import World
+from utils.evaluate import summarise
+from utils.worlds import World
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome",
                                                 "google-chrome-stable"))), None)

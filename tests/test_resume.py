@@ -21,9 +21,9 @@ import train
 from divergences import get_divergence
 from model import GPT, GPTConfig, InputError, bpe_tokenizer, sample_responses, write_json
 from reward import Adversary, RewardModel
-from toy_envs import runs
-from toy_envs.checkpoints import save_pretrained
-from toy_envs.runs import claimed, keep, kept, provenance, run_script
+from utils import cli as runs
+from utils.checkpoints import save_pretrained
+from utils.cli import claimed, keep, kept, provenance, run_script
 from train import Schedule, fit, nll_loss
 
 pytestmark = pytest.mark.filterwarnings("ignore:Mean of empty slice")
@@ -33,7 +33,7 @@ TINY = ["--n-corpus", "120", "--n-demos", "30", "--n-samples", "24", "--n-prompt
         "cpu", "--methods", "po,adversarial,adversarial-exact,irft,dpo", "--policy-steps", "2",
         "--divergences", "reverse_kl", "--rounds", "2", "--n-preferences", "10", "--seeds", "2"]
 # a snapshot after every step, so that what is stopped is stopped within a training loop too
-EVERY_STEP = ("import sys, afd; from toy_envs import runs; runs.SNAPSHOT_SECONDS = -1; "
+EVERY_STEP = ("import sys, afd; from utils import cli as runs; runs.SNAPSHOT_SECONDS = -1; "
               "runs.run_script(lambda: afd.main(sys.argv[1:]))")
 
 
@@ -470,7 +470,7 @@ def test_what_cannot_be_written_is_one_line(tmp_path, capsys):
 
 def test_a_reader_that_leaves_ends_it_quietly():
     """As `| head -1`: what is said to nobody is noticed at the end, when the buffer is written."""
-    code = "from toy_envs.runs import run_script; run_script(lambda: print('x'))"
+    code = "from utils.cli import run_script; run_script(lambda: print('x'))"
     child = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE,
                              stderr=subprocess.PIPE, env={**os.environ, "PYTHONUNBUFFERED": ""})
     child.stdout.close()

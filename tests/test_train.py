@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import train
-from toy_envs.checkpoints import load_pretrained
+from utils.checkpoints import load_pretrained
 from divergences import forward_kl
 from model import GPT, GPTConfig, InputError, collate, logp_seq, logp_token
-from toy_envs.batches import item_length
+from utils.batches import item_length
 from train import Schedule, fit, learning_rate, length_batches, nll_loss, split
 
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from model import InputError
-from toy_envs.worlds import file_world, load_golden
+from utils.worlds import file_world, load_golden
 
 
 def world_of(path, *rows, **more):

@@ -18,8 +18,8 @@ import torch
 from divergences import (DIVERGENCES, FORWARD_KL, TOTAL_VARIATION, f_divergence, fairl_reward,
                          forward_kl, policy_surrogate)
 from model import require
-from toy_envs.figures import COLORS, pyplot, write_world
-from toy_envs.runs import make_folder, parse_settings, run_script, setting
+from utils.plots import COLORS, pyplot, write_world
+from utils.cli import make_folder, parse_settings, run_script, setting
 
 
 @dataclass

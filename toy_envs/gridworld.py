@@ -29,8 +29,8 @@ from torch.nn.functional import softplus
 
 from model import InputError, require
 from reward import student_t
-from toy_envs.figures import COLORS, pyplot, write_world
-from toy_envs.runs import make_folder, parse_settings, run_script, setting
+from utils.plots import COLORS, pyplot, write_world
+from utils.cli import make_folder, parse_settings, run_script, setting
 
 # S start, G goal, x lava; u and l are the gates of the upper and of the lower route, free cells.
 # Two rows lead past the lava on either side, so that a careful walker can keep off its shore.

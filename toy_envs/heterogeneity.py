@@ -31,9 +31,9 @@ from dataclasses import dataclass
 import torch
 
 from model import require
-from toy_envs.figures import COLORS, pyplot, write_world
+from utils.plots import COLORS, pyplot, write_world
 from toy_envs.gridworld import mean_and_interval
-from toy_envs.runs import make_folder, parse_settings, run_script, setting
+from utils.cli import make_folder, parse_settings, run_script, setting
 
 REWARDS = {  # name: negatives, positives, label
     "init-sft": ("init", "sft", "Init-SFT"),

@@ -24,9 +24,9 @@ from tqdm import tqdm
 
 from divergences import DIVERGENCES, f_divergence
 from model import InputError, require
-from toy_envs.figures import COLORS, pyplot, write_world
+from utils.plots import COLORS, pyplot, write_world
 from toy_envs.gaussian import solve
-from toy_envs.runs import make_folder, parse_settings, run_script, setting
+from utils.cli import make_folder, parse_settings, run_script, setting
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 MAX_SEQUENCES = 4 ** 8      # a solve keeps some forty numbers per sequence and start

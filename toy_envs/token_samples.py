@@ -42,8 +42,8 @@ from divergences import (DIVERGENCES, FORWARD_KL, PEARSON_CHI2, discriminator_lo
                          policy_surrogate)
 from model import require
 from toy_envs import token_mdp
-from toy_envs.figures import COLORS, pyplot, write_world
-from toy_envs.runs import make_folder, parse_settings, run_script, setting
+from utils.plots import COLORS, pyplot, write_world
+from utils.cli import make_folder, parse_settings, run_script, setting
 from toy_envs.token_mdp import (
     all_sequences, demonstrator_log_prob, demonstrator_of, policy_log_prob, sequence_index,
     sequence_log_prob, sft_optimum, solve_all)

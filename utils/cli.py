@@ -27,8 +27,8 @@ import tokenizers
 import torch
 
 from model import InputError, write_aside, write_json
-from toy_envs.batches import from_first, rank_and_count
-from toy_envs.checkpoints import checksum
+from utils.batches import from_first, rank_and_count
+from utils.checkpoints import checksum
 
 try:
     import fcntl

@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 
 from model import InputError, bpe_tokenizer, encode_pair, sample_responses, word_tokenizer
-from toy_envs.checkpoints import load_tokenizer
-from toy_envs.files import read_examples, read_prompts, read_texts
-from toy_envs.runs import counted
+from utils.checkpoints import load_tokenizer
+from utils.data import read_examples, read_prompts, read_texts
+from utils.cli import counted
 from toy_envs.text_tasks import MAX_WORDS, TextTask
 
 MIN_JUDGE_PAIRS = 100   # of fewer no judge is worth the name

@@ -28,8 +28,8 @@ from pathlib import Path
 import numpy as np
 
 from model import InputError, bpe_tokenizer, collate, encode_pair
-from toy_envs.checkpoints import load_pretrained
-from toy_envs.runs import counted
+from utils.checkpoints import load_pretrained
+from utils.cli import counted
 
 TURN = "\n\nAssistant:"     # HH-RLHF's dialogue strings: the response follows the last one
 ROLES = {"system": "\n\n", "user": "\n\nHuman: ", "assistant": TURN + " "}

@@ -12,10 +12,10 @@ from itertools import groupby
 from pathlib import Path
 
 from model import write_aside
-from toy_envs.figures import (COLORS, agreement, by_model, by_writer, interval, number,
+from utils.plots import (COLORS, agreement, by_model, by_writer, interval, number,
                               over_seeds)
-from toy_envs.runs import counted
-from toy_envs.truth import WRITERS, judge_note, name_of
+from utils.cli import counted
+from utils.evaluate import WRITERS, judge_note, name_of
 
 FIGURES = {     # that a run may have drawn: what is to be seen in them
     "best_of_n.png": "Each proxy against N and, where it is known, the golden reward of its picks. "

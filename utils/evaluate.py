@@ -26,7 +26,7 @@ import train
 from model import logp_seq
 from reward import (LogRatio, RewardModel, best_of_n_kl, best_of_n_weights, calibration, mean_ci,
                     rank_correlation, score, win_rate)
-from toy_envs.checkpoints import save_reward
+from utils.checkpoints import save_reward
 
 SAMPLES = 8         # responses of each policy to each held-out prompt
 BROWSED = 40        # held-out prompts whose candidates are all kept, to be looked at

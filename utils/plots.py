@@ -12,7 +12,7 @@ import numpy as np
 
 from model import write_json
 from reward import CONTROLS, REWARD_MODELS, mean_ci
-from toy_envs.truth import WRITERS, judge_note, name_of
+from utils.evaluate import WRITERS, judge_note, name_of
 
 COLORS = {
     # reward models
