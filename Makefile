@@ -5,7 +5,8 @@ PY     := $(VENV)/bin/python
 .PHONY: demo test results clean
 
 demo: $(VENV)/.demo-ready  ## set up if needed, then align a small transformer from demonstrations
-	$(PY) afd.py --out out/demo --overwrite
+	rm -rf out/demo
+	$(PY) afd.py --out out/demo
 
 test: $(VENV)/.test-ready  ## set up if needed, then run the tests
 	$(PY) -m pytest

@@ -42,9 +42,8 @@ followed as a policy gradient it points exactly the wrong way and moves *away*.
 Shapes: N samples, or sequences of an enumeration, always the last dimension; any batch dimensions
 come first. Probabilities are natural logarithms; -inf is probability zero.
 
-**Large values.** An exponent is cut at log(largest float) - 8: at 80.7 in float32, 701.8 in
-float64. Up to there values are exact; beyond, e^x stays at that ceiling with gradient zero, so no
-|h| up to 2,000 gives inf or nan. Of |h| <= 50 in float32 this touches only e^(2|h|), from 40 on.
+**Large values.** An exponent is cut at log(largest float) - 8, 80.7 in float32. Beyond it e^x stays
+at that ceiling with gradient zero, so that no |h| up to 2,000 gives inf or nan.
 """
 
 import math
@@ -53,8 +52,6 @@ from typing import Callable
 
 import torch
 import torch.nn.functional as F
-
-from model import InputError
 
 
 # ---- the table ----------------------------------------------------------------------------------
@@ -102,7 +99,6 @@ def _conjugate_below(t, bound, formula):
 
 
 LOG2 = math.log(2)
-
 REVERSE_KL = Divergence(                       # AIRL, AfD. f(u) = -log u
     name="reverse_kl", label="reverse KL",
     f=lambda h: -h,
@@ -164,20 +160,12 @@ SQUARED_HELLINGER = Divergence(                # f(u) = (sqrt(u) - 1)^2
     reward=lambda h: _expm1(h / 2),
     f_at_zero=1.0, dual="squared_hellinger")
 
-DIVERGENCES = {d.name: d for d in (
-    REVERSE_KL, FORWARD_KL, JENSEN_SHANNON, TOTAL_VARIATION, PEARSON_CHI2, NEYMAN_CHI2,
-    SQUARED_HELLINGER)}
-
-
-def get_divergence(name):
-    """The divergence of this name; InputError, listing the known ones, for any other."""
-    if name not in DIVERGENCES:
-        raise InputError(f"unknown divergence {name!r}; known: {', '.join(DIVERGENCES)}")
-    return DIVERGENCES[name]
+DIVERGENCES = {d.name: d for d in (REVERSE_KL, FORWARD_KL, JENSEN_SHANNON, TOTAL_VARIATION,
+                                   PEARSON_CHI2, NEYMAN_CHI2, SQUARED_HELLINGER)}
 
 
 def fairl_reward(h):
-    """-h e^h, FAIRL's published reward (arXiv:1911.02256): here to be looked at, not to be used."""
+    """-h e^h, FAIRL's published reward (arXiv:1911.02256), to be looked at and not to be used."""
     return -h * _exp(h)
 
 
@@ -229,48 +217,67 @@ def _price(mass, price):
     return mass * price
 
 
-# ---- objectives, from samples or (with weights) exact -------------------------------------------
+# ---- the objectives -----------------------------------------------------------------------------
 
 def _expectation(x, weights):
-    """Mean over the last dimension, or the sum under `weights`, probabilities of an enumeration."""
+    """Mean over the last dimension, or the sum under `weights`, probabilities of all outcomes."""
     return x.mean(-1) if weights is None else (weights * x).sum(-1)
 
 
-def variational_bound(divergence, t_demo, t_policy, weights_demo=None, weights_policy=None):
-    """E_beta[T] - E_pi[f*(T)] <= D_f(beta || pi), with equality at T* = f'(u) (arXiv:1606.00709).
+def sft_loss(logp):
+    """-mean_t log pi(y_t|s_t), nats per token: supervised fine-tuning, and pretraining.
 
-    t_demo, t_policy: (..., N) the witness T at demonstrations and at the policy's samples. With
-    weights, (..., N) probabilities of an enumeration, the expectations are exact. Returns (...).
+    logp: (n,) log-probabilities of the demonstrations' response tokens. Summed over a response this
+    is -log pi(y|x), whose mean over demonstrations is KL(beta || pi) plus a constant. Returns ().
     """
-    return (_expectation(t_demo, weights_demo)
-            - _expectation(divergence.conjugate(t_policy), weights_policy))
+    return -logp.mean()
 
 
 def discriminator_loss(h_demo, h_policy, weights_demo=None, weights_policy=None):
     """-E_beta[log D] - E_pi[log(1 - D)] with D = sigmoid(h): high logits for demonstrations.
 
-    Least at h* = log beta - log pi, where it is 2 log 2 minus the Jensen-Shannon row's D_f.
-    h_demo, h_policy: (..., N) logits; weights as in variational_bound. Returns (...).
+    Least at h* = log beta - log pi, where it is 2 log 2 (chance) less the Jensen-Shannon row's
+    D_f. h_demo, h_policy: (..., N) logits of positives and of negatives. Returns (...), nats
+    per pair of samples. Source: Goodfellow et al., arXiv:1406.2661, section 4.1.
     """
     return (_expectation(-F.logsigmoid(h_demo), weights_demo)
             + _expectation(-F.logsigmoid(-h_policy), weights_policy))
 
 
+def bradley_terry_loss(reward_preferred, reward_other):
+    """-E[log sigmoid(r+ - r-)], nats per pair: the preferred response shall earn more.
+
+    Both (N,), rewards of two responses to one prompt; log 2 is chance, and what is added to both
+    changes nothing. Source: Bradley and Terry 1952. Returns ().
+    """
+    return F.softplus(reward_other - reward_preferred).mean()
+
+
+def dpo_loss(log_ratio_preferred, log_ratio_other, dpo_beta):
+    """Bradley-Terry on the implicit reward r = dpo_beta (log pi - log pi_ref)(y|x), nats per pair.
+
+    r is the reward of which pi is the optimum under a KL penalty to pi_ref: the policy is its own
+    reward model. log_ratio: (N,) log pi(y|x) - log pi_ref(y|x). On labelled pairs it is DPO
+    (arXiv:2305.18290, Eq. 7); on demonstrations against pi_ref's samples SPIN (arXiv:2401.01335).
+    """
+    return bradley_terry_loss(dpo_beta * log_ratio_preferred, dpo_beta * log_ratio_other)
+
+
 def policy_surrogate(divergence, h, logp_seq, weights=None, baseline=0.0):
     """E_pi[(r(h) - baseline) log pi(y)] with r held constant: maximise; its gradient is -grad D_f.
 
-    h: (..., N) log-ratios, or a discriminator's logits, at y ~ pi; logp_seq: (..., N) log pi(y),
-    with gradient. weights: (..., N) pi(y) of an enumeration, for an exact expectation. baseline:
-    anything that does not depend on y; leaves the expectation, takes variance. Returns (...).
+    h: (..., N) log-ratios, or a discriminator's logits, at y ~ pi; logp_seq: (..., N) log pi(y);
+    weights: (..., N) pi(y) of an enumeration. A baseline, which must not depend on y, takes
+    variance and leaves the mean. Returns (...).
     """
-    # detached: how r depends on pi is already counted in r = u f' - f (the module's line 5);
-    # so is the sampling distribution, which the score function grad log pi accounts for
+    # r is detached: how it depends on pi is already counted in r = u f' - f (line 5 above). So are
+    # the weights: the score function grad log pi accounts for the sampling distribution.
     advantage = (divergence.reward(h) - baseline).detach()
     return _expectation(advantage * logp_seq, None if weights is None else weights.detach())
 
 
 def leave_one_out(returns):
-    """(B/K, K, ...) returns of K samples of one prompt: each minus the mean of the other K-1.
+    """(P, K, ...) returns of K samples of each of P prompts: each minus the mean of the other K-1.
 
     The mean of others does not depend on the sample's own actions, so it takes variance and adds no
     bias. Source: Kool et al. 2019; Ahmadian et al., arXiv:2402.14740.
@@ -278,53 +285,16 @@ def leave_one_out(returns):
     return returns - (returns.sum(1, keepdim=True) - returns) / (returns.shape[1] - 1)
 
 
-def policy_gradient_loss(logp, old, reference, rewards, mask, beta, k, clip=0.0):
-    """-mean_y sum_t A_t log pi(a_t|s_t), whose gradient is that of beta KL(pi || pi_ref) - E_pi[r].
+def policy_gradient_loss(logp, logp_ref, rewards, mask, kl_coef, k):
+    """-mean_y sum_t A_t log pi(a_t|s_t), with the gradient of kl_coef KL(pi || pi_ref) - E_pi[r].
 
-    The return-to-go is G_t = sum_{t'>=t} r_t' - beta (log pi - log pi_ref)_t', the KL being part of
-    the reward; A_t is G_t less the leave-one-out baseline over the k samples of a prompt, which
-    stand together. All (B, T), the log-probabilities zero outside the response; `old`: log pi when
-    the samples were drawn. clip > 0: PPO's min(ratio A, clip(ratio) A), for further steps on them.
+    logp, logp_ref: (B, T) nats per token of samples y ~ pi, zero outside the response; rewards:
+    (B, T); mask: (B, T), true at response tokens. A prompt's k samples stand together. The return
+    from t on is G_t = sum_{t'>=t} r_t' - kl_coef (log pi - log pi_ref)_t', and A_t is G_t less its
+    leave-one-out baseline. Returns (). Source: REINFORCE, Williams 1992.
     """
-    to_go = (rewards - beta * (old - reference)).flip(1).cumsum(1).flip(1)
-    advantage = leave_one_out(to_go.unflatten(0, (-1, k))).flatten(0, 1)
-    gain = advantage * logp
-    if clip:
-        ratio = (logp - old).exp()
-        gain = torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
-    return -(gain * mask).sum() / len(mask)
-
-
-# ---- estimates from samples ---------------------------------------------------------------------
-
-def sample_divergence(divergence, log_beta, log_pi, low_variance=True):
-    """One unbiased value of D_f(beta || pi) per sample y ~ pi; their mean is the estimate.
-
-        plain          f(u)
-        low variance   f(u) - f'(1) (u - 1),  never negative, as f lies above its tangent
-
-    E_pi[u - 1] = 0 makes the tangent a free control variate (for reverse KL these are the
-    estimators known as k1 = -log u and k3 = (u - 1) - log u). log_beta, log_pi: (..., N)
-    log-probabilities of the samples; returns (..., N).
-
-    The gradient of the mean is unbiased too, in both arguments. That takes the factor pi / pi
-    below: samples do not move when pi does. Without it the gradient in pi of k1 is zero on
-    average, and that of k3 is the gradient of the *forward* KL.
-    """
-    h = log_beta - log_pi
-    value = divergence.f(h)
-    if low_variance:
-        value = value - divergence.f_prime(torch.zeros_like(h)) * _expm1(h)
-    return value * torch.exp(log_pi - log_pi.detach())
-
-
-def sample_kl(log_p, log_q, low_variance=True):
-    """One unbiased value of KL(p || q) per sample y ~ p: from demonstrations for the forward KL,
-    from the policy for the reverse. log_p, log_q: (..., N); returns (..., N), in nats."""
-    return sample_divergence(REVERSE_KL, log_beta=log_q, log_pi=log_p, low_variance=low_variance)
-
-
-def mean_and_variance(values):
-    """The estimate (...) from values (..., N) and the variance of that mean (its square root is
-    the standard error)."""
-    return values.mean(-1), values.var(-1) / values.shape[-1]
+    # log pi within the return is part of the reward, which is held constant: hence the detach.
+    per_token = rewards - kl_coef * (logp.detach() - logp_ref)
+    returns = per_token.flip(1).cumsum(1).flip(1)       # an action earns only what comes after it
+    advantage = leave_one_out(returns.unflatten(0, (-1, k))).flatten(0, 1)
+    return -(advantage * logp * mask).sum() / len(mask)

@@ -1,450 +1,288 @@
-"""Text in, checkpoints out: the training loops and their losses, stage by stage.
-
-    python train.py data FILE                       what is in it, what is cut
-    python train.py pretrain --corpus TEXT --out pi_0
-    python train.py sft --demos DEMOS.jsonl --init pi_0 --out pi_sft
-    python train.py sample --prompts PROMPTS.txt --init pi_sft --out A
-    python train.py reward --positives A --negatives B --init pi_0 --out reward
-    torchrun --nproc_per_node=2 train.py sft ...    the same on two GPUs
+"""The training loops: maximum likelihood, reward models, policy gradients, preference pairs.
 
 A pair is (prompt ids, response ids): the response ends with EOS if it is finished. Pretraining
-reads a document as a response to the empty prompt. Only response tokens that the policy can write
-bear loss. Losses are in nats per token, discriminator losses in nats per pair of samples.
+reads a document as a response to the empty prompt. An item is a tuple of pairs that a loss looks at
+together: (demonstration,) for SFT, (better, worse) for reward models, DPO and SPIN.
+
+Each loop is AdamW with a warm-up and a cosine. The losses are pure functions in divergences.py;
+here they meet the models. A loss function is loss_fn(model, items) -> (sum, count): the loss summed
+over its terms, and how many terms there are. A step follows the mean over all terms of its batch,
+however many micro-batches the batch is cut into. Losses are in nats per term.
 """
 
 import copy
-import json
 import math
-import random
-import shutil
-import sys
-from dataclasses import dataclass, fields, make_dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 from tqdm import tqdm
 
-from divergences import discriminator_loss, policy_gradient_loss
-from model import (GPT, GPTConfig, InputError, bpe_tokenizer, collate, encode_documents,
-                   logp_at, logp_token, sample_responses, write_aside, write_json)
-from reward import HEADS, RewardModel, at_the_end, bradley_terry_loss, implicit_reward
-from utils.batches import (Forward, Objective, add_up_gradients, flattened, from_all,
-                              length_batches, micro_batches, processes, rank_and_count)
-from utils.checkpoints import load_pretrained, save_pretrained, save_reward
-from utils.data import describe, read_pairs, read_prompts, read_texts
-from utils.cli import (Snapshot, choose_device, claimed, parse_settings, provenance, run_script,
-                           setting)
+from divergences import dpo_loss, policy_gradient_loss, sft_loss
+from model import collate, logp_at, logp_token
+
+
+@dataclass
+class TrainConfig:
+    """How one model is trained. Weight decay is zero: no model here is trained for long."""
+    lr: float = 1e-3                # peak learning rate
+    epochs: float = 1.0             # passes over the data
+    batch_size: int = 16            # items per step
+    warmup: float = 0.1             # share of the steps spent warming up
+    clip: float = 1.0               # largest gradient norm
+    beta2: float = 0.99             # Adam's memory for squared gradients
+    evaluations: int = 8            # how often the held-out loss is measured
+    micro_tokens: int = 8192        # tokens that go through the model at a time, padding included
+    fast: bool = False              # bfloat16 autocast and a compiled transformer, for CUDA
+
+
+@dataclass
+class PolicyConfig(TrainConfig):
+    """How a policy is optimised; batch_size is the number of prompts per step."""
+    steps: int = 100                # policy-gradient steps
+    samples: int = 4                # of each prompt; they are each other's baseline
+    beta2: float = 0.95             # shorter, because a policy gradient's size changes quickly
 
 
 # ---- the loop -----------------------------------------------------------------------------------
 
-@dataclass
-class Schedule:
-    """How one stage is trained: AdamW, linear warm-up, cosine to a hundredth, gradient clipping."""
-    lr: float = setting(1e-3, "peak learning rate")
-    epochs: float = setting(1.0, "passes over the data")
-    batch_size: int = setting(16, "items per step")
-    warmup: float = setting(0.1, "share of the steps spent warming up")
-    weight_decay: float = setting(0.0, "decoupled weight decay, of matrices")
-    clip: float = setting(1.0, "largest gradient norm")
-    evaluations: int = setting(8, "looks at the held-out data; the best one is kept")
-    micro_tokens: int = setting(0, "tokens that go through the model at a time, padding included; "
-                                   "a step's gradients add up to the same (0: all of a step)")
-    bf16: bool = setting(False, "train in bfloat16 autocast; CUDA only")
-    compile: bool = setting(False, "compile the transformer while it is trained; CUDA only")
+def fit(model, items, loss_fn, config, rng, held_out=(), label="fit"):
+    """Minimise the mean of loss_fn over items; with held-out items keep the weights best on them.
 
-
-def learning_rate(schedule, step, steps):
-    """Linear warm-up to schedule.lr, then half a cosine down to a hundredth of it."""
-    warmup = max(1, int(schedule.warmup * steps))
-    if step < warmup:
-        return schedule.lr * (step + 1) / warmup
-    progress = (step - warmup) / max(1, steps - warmup)
-    return schedule.lr * (0.01 + 0.495 * (1 + math.cos(math.pi * progress)))
-
-
-def fit(model, items, loss_fn, schedule, rng, label="fit", held_out=(), snapshot=None,
-        weigh=lambda model, items: len(items)):
-    """Minimise loss_fn(model, list of items); with held-out items, keep the weights best on them.
-
-    weigh(model, items): how many terms loss_fn is a mean over; items of none are left out.
-    snapshot: a path where the loop keeps its state now and then; called with the same arguments
-    again it goes on from there, bit for bit. The caller removes it.
-    Returns the history, a list of {step, loss[, held_out]}. Raises InputError at a loss that is not
-    finite, naming the step; the model is then not to be used.
+    rng: random.Random, which shuffles the batches. Returns the history, a list of
+    {step, loss, grad_norm[, held_out]}, losses in nats per term. Raises ValueError without items
+    and FloatingPointError, naming the step, where the loss or the gradient is not finite.
     """
-    items, held_out = ([i for i in part if weigh(model, [i])] for part in (items, held_out))
     if not items:
-        raise InputError(f"{label}: no data to train on")
-    objective = Objective(model, loss_fn, weigh, schedule)
-    optimizer = make_optimizer(model, schedule)
-    first = rank_and_count()[0] == 0
-    snapshots = Snapshot(snapshot, (schedule, items, held_out, rng.getstate()), model=model,
-                         optimizer=optimizer)
-    state = {"history": [], "best": math.inf, "best_model": None, "epoch": rng.getstate(),
-             "left": None, **snapshots.restore(device_of(model))}
-    rng.setstate(state["epoch"])        # from before this epoch's batches were drawn
-    queue = length_batches(items, schedule.batch_size, rng)[:state["left"]]
-    history = state["history"]
-    steps = max(1, math.ceil(schedule.epochs * len(items) / schedule.batch_size))
-    looks = {math.ceil(steps * (i + 1) / schedule.evaluations) - 1
-             for i in range(schedule.evaluations)}
-    for step in tqdm(range(len(history), steps), label, steps, initial=len(history), unit="step",
-                     disable=None if first else True, leave=False):
-        if not queue:
-            state["epoch"] = rng.getstate()
-            queue = length_batches(items, schedule.batch_size, rng)
-        loss = objective.accumulate(queue.pop())
-        add_up_gradients(optimizer)
-        take_step(optimizer, loss, schedule, step, steps, label)
-        history.append({"step": step, "loss": loss})
-        if held_out and step in looks:
-            history[-1]["held_out"] = now = objective.mean(held_out, schedule.batch_size)
-            if now < state["best"]:
-                state.update(best=now, best_model=copy.deepcopy(model.state_dict()))
-        if first:
-            snapshots.keep(**{**state, "left": len(queue)})
-    if state["best_model"] is not None:
-        model.load_state_dict(state["best_model"])
-    model.zero_grad()       # or its gradient would stay in memory with it
+        raise ValueError(f"{label}: no data to train on")
+    steps = max(1, math.ceil(config.epochs * len(items) / config.batch_size))
+    eval_steps = {math.ceil(steps * (i + 1) / config.evaluations) - 1
+                  for i in range(config.evaluations)}
+    optimizer, trunk = make_optimizer(model, config), getattr(model, "trunk", model)
+    if config.fast:
+        trunk.hidden = torch.compile(trunk.hidden, dynamic=True)
+    batches, history, best, best_weights = [], [], math.inf, None
+    for step in tqdm(range(steps), label, unit="step", disable=None, leave=False):
+        if not batches:     # a new epoch: every item once, in a new order
+            batches = length_batches(items, config.batch_size, rng)
+        loss, count = 0.0, 0
+        for part in micro_batches(batches.pop(), config.micro_tokens):
+            with autocast(model, config):
+                part_loss, part_count = loss_fn(model, part)
+            part_loss.backward()        # gradients add up over the parts ...
+            loss, count = loss + part_loss.item(), count + part_count
+        for p in model.parameters():    # ... and are divided once, by all terms of the batch:
+            p.grad /= count             # no part's terms count more than another's
+        norm = take_step(model, optimizer, config, step, steps)
+        history.append({"step": step, "loss": loss / count, "grad_norm": norm})
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            raise FloatingPointError(f"{label}: the loss is {loss / count}, its gradient's norm "
+                                     f"{norm}, at step {step}; a lower learning rate may help")
+        if held_out and step in eval_steps:
+            history[-1]["held_out"] = now = mean_loss(model, held_out, loss_fn, config)
+            if now < best:      # early stopping: no model is judged by its overfit
+                best, best_weights = now, copy.deepcopy(model.state_dict())
+    if best_weights is not None:
+        model.load_state_dict(best_weights)
+    if config.fast:
+        del trunk.hidden        # the method of the class is seen again, without the compiler
     return history
 
 
-def make_optimizer(model, schedule, betas=(0.9, 0.99)):
-    """AdamW of two tensors that hold all parameters; weight decay is for matrices only."""
-    groups = [{"params": [flattened([p for p in model.parameters() if (p.dim() > 1) == matrices])],
-               "weight_decay": schedule.weight_decay * matrices} for matrices in (True, False)]
-    return torch.optim.AdamW(groups, lr=schedule.lr, betas=betas, fused=True)
+def make_optimizer(model, config):
+    return torch.optim.AdamW(model.parameters(), config.lr, (0.9, config.beta2), weight_decay=0.0,
+                             fused=True)
 
 
-def take_step(optimizer, loss, schedule, step, steps, label):
-    """Step number `step` of `steps` down the gradient, clipped, at the schedule's rate. Raises
-    InputError if the loss or the gradient is not finite."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = torch.nn.utils.clip_grad_norm_(parameters, schedule.clip).item()
-    if not math.isfinite(loss) or not math.isfinite(norm):
-        raise InputError(f"{label}: the loss is {loss}, its gradient's norm {norm}, at step {step};"
-                         " a lower learning rate may help")
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(schedule, step, steps)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=False)      # the parameters' gradients are parts of these
+def take_step(model, optimizer, config, step, steps):
+    """Step number `step` of `steps` down the gradient, clipped. Returns its norm before clipping.
 
-
-# ---- the stages ---------------------------------------------------------------------------------
-
-def device_of(model):
-    return next(model.parameters()).device
-
-
-def nll_loss(model, items):
-    """-mean over the batch's response tokens of log pi(y_t|s_t), nats per token: the SFT loss.
-
-    Its expectation over demonstrations is the forward KL up to a constant and to the weight of a
-    token, 1 / (tokens in its batch). Tokens that the policy cannot write are states, not targets:
-    they bear no loss.
+    One odd batch would undo much of a run without the clip.
     """
-    batch = collate([pair for (pair,) in items], device_of(model))
-    writable = batch.response_mask() & model.suppress.isfinite()[batch.tokens]
-    return -logp_at(model, batch, writable).mean()
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(config, step, steps)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip).item()
+    optimizer.step()
+    optimizer.zero_grad()       # sets the gradients to None, so that they take no memory after
+    return norm
 
 
-def targets(model, items):
-    """How many tokens nll_loss is a mean over."""
-    never = set(model.config.suppress_tokens)
-    return sum(token not in never for ((prompt, response),) in items
-               for token in response[not prompt:])      # a first token of all has no state
+def learning_rate(config, step, steps):
+    """Linear warm-up to config.lr, then half a cosine down to a hundredth of it."""
+    warmup = max(1, int(config.warmup * steps))
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    return config.lr * (0.01 + 0.495 * (1 + math.cos(math.pi * progress)))
 
 
-def discriminator_step(model, items):
-    """The discriminator's loss on items (positive, negative)."""
-    rewards = model(collate([pair for item in items for pair in item], device_of(model)))
-    return discriminator_loss(rewards[0::2], rewards[1::2])
+def autocast(model, config):
+    device = next(model.parameters()).device
+    return torch.autocast(device.type, torch.bfloat16, enabled=config.fast)
 
 
-def preference_step(model, items):
-    """The Bradley-Terry loss on items (preferred, dispreferred)."""
-    rewards = model(collate([pair for item in items for pair in item], device_of(model)))
-    return bradley_terry_loss(rewards[0::2], rewards[1::2])
+@torch.no_grad()
+def mean_loss(model, items, loss_fn, config):
+    """The mean of loss_fn over all terms of the items, nats per term."""
+    # Sorting by length saves padding. It changes nothing here: no gradient sees these batches, and
+    # the mean is taken over all terms at once.
+    items, total, count = sorted(items, key=item_length), 0.0, 0
+    for start in range(0, len(items), config.batch_size):
+        for part in micro_batches(items[start:start + config.batch_size], config.micro_tokens):
+            with autocast(model, config):
+                loss, n = loss_fn(model, part)
+            total, count = total + loss.item(), count + n
+    return total / count
 
 
-def split(items, share, rng):
-    """(the larger part, a share held out), at least one item in each where there are two."""
+# ---- batches ------------------------------------------------------------------------------------
+
+def item_length(item):
+    """Tokens of the longest of an item's pairs."""
+    return max(len(prompt) + len(response) for prompt, response in item)
+
+
+def length_batches(items, batch_size, rng):
+    """Shuffled batches whose items are of similar length: little padding.
+
+    Items are sorted within stretches of 16 batches, so that batches differ from epoch to epoch.
+    """
+    order, batches = rng.sample(range(len(items)), len(items)), []
+    for start in range(0, len(order), 16 * batch_size):
+        stretch = sorted(order[start:start + 16 * batch_size], key=lambda i: item_length(items[i]))
+        batches += [[items[i] for i in stretch[j:j + batch_size]]
+                    for j in range(0, len(stretch), batch_size)]
+    rng.shuffle(batches)
+    return batches
+
+
+def micro_batches(batch, tokens):
+    """A batch cut into parts of at most `tokens` tokens, padding included, to fit the memory.
+
+    An item that is longer by itself is a part of its own.
+    """
+    parts, longest = [[]], 0
+    for item in batch:
+        longest = max(longest, item_length(item))
+        if parts[-1] and (len(parts[-1]) + 1) * len(item) * longest > tokens:
+            parts.append([])
+            longest = item_length(item)
+        parts[-1].append(item)
+    return parts
+
+
+def split(items, rng, share=0.05):
+    """(the larger part, a share held out), shuffled; at least one in each where there are two."""
     items = rng.sample(items, len(items))
     n = max(1, round(share * len(items))) if len(items) > 1 else 0
     return items[n:], items[:n]
 
 
 def pair_up(positives, negatives, rng):
-    """(learn, held-out) items (positive, negative).
+    """(training, held-out) items (positive, negative) of two sources that share no prompts.
 
-    A twentieth of each source is held out first, so that no held-out text was trained on; then the
-    shorter source is gone through again and again.
+    A twentieth of each source is held out *first*, so that no held-out text was trained on. Then
+    the shorter source is gone through again and again.
     """
     def cycle(a, b):
         n = max(len(a), len(b)) if a and b else 0
         return [(a[i % len(a)], b[i % len(b)]) for i in range(n)]
-    (a, a_held), (b, b_held) = split(positives, 0.05, rng), split(negatives, 0.05, rng)
+    (a, a_held), (b, b_held) = split(positives, rng), split(negatives, rng)
     return cycle(a, b), cycle(a_held, b_held)
 
 
-def fine_tune(policy, learn, held_out, schedule, rng, label="sft", snapshot=None):
-    """(policy, history): a copy of policy of least nll_loss on pairs (prompt ids, response ids)."""
+# ---- maximum likelihood: pretraining and SFT ----------------------------------------------------
+
+def fine_tune(policy, pairs, held_out, config, rng, label="sft"):
+    """(a copy of the policy, fitted to pairs by maximum likelihood; its history).
+
+    On y ~ demonstrator this minimises the forward KL(demonstrator || pi).
+    """
     policy = copy.deepcopy(policy)
-    learn, held_out = ([(pair,) for pair in pairs] for pairs in (learn, held_out))
-    return policy, fit(policy, learn, nll_loss, schedule, rng, label, held_out, snapshot, targets)
 
-
-def train_reward(policy, items, held_out, loss_fn, schedule, rng, head="sum", label="reward",
-                 snapshot=None):
-    """A RewardModel started from policy, trained on items (better pair, worse pair).
-
-    The held-out items pick the weights: no model is judged by its overfit. Returns the model and
-    its history.
-    """
-    model = RewardModel(policy, head)
-    return model, fit(model, items, loss_fn, schedule, rng, label, held_out, snapshot)
-
-
-def optimise_policy(sft, reward, draw, steps, schedule, beta, k, ppo_clip=0.0, dense=True,
-                    label="policy", watch=None, snapshot=None, draws_from=None):
-    """max over pi of E_pi[r] - beta KL(pi || pi_SFT), starting at pi_SFT, by REINFORCE with a
-    leave-one-out baseline. Returns the policy and its history: the samples' means in nats per
-    sequence, and what watch(policy, pairs) says of them.
-
-    draw(policy) gives pairs, the k samples of a prompt together; a reward that learns along has
-    learn(pairs, policy). dense: a reward that is a sum over tokens is given where it is earned.
-    snapshot: as in fit(); draws_from: what draw draws from, {name: random.Random or
-    torch.Generator}, and a reward that learns are then part of it.
-    """
-    policy = copy.deepcopy(sft)
-    forward = Forward(policy, logp_token, schedule.bf16, schedule.compile)
-    reference = Forward(sft, logp_token, schedule.bf16)     # as it is computed for the policy
-    optimizer = make_optimizer(policy, schedule, betas=(0.9, 0.95))
-    learner = {"reward": reward} if hasattr(reward, "learn") else {}
-    snapshots = Snapshot(snapshot, (schedule, steps, beta, k, ppo_clip, dense), model=policy,
-                         optimizer=optimizer, **learner, **(draws_from or {}))
-    history = snapshots.restore(device_of(policy)).get("history", [])
-    for step in tqdm(range(len(history), steps), label, steps, initial=len(history), unit="step",
-                     disable=None, leave=False):
-        pairs = draw(policy)
-        if learner:
-            reward.learn(pairs, policy)
-        groups = [pairs[i:i + k] for i in range(0, len(pairs), k)]
-        parts = [rewarded(reference, reward, [pair for group in part for pair in group], dense)
-                 for part in micro_batches(groups, schedule.micro_tokens)]
-        old = None
-        for _ in range(4 if ppo_clip else 1):
-            loss, logp = policy_gradient(forward, parts, old, beta, k, ppo_clip)
-            old = old or logp
-            take_step(optimizer, loss, schedule, step, steps, label)
-        history.append({"step": step, **sample_means(parts, old),
-                        **(watch(policy, pairs) if watch else {})})
-        snapshots.keep(history=history)
-    policy.zero_grad()
+    def loss_fn(policy, items):
+        batch = collate([pair for (pair,) in items], policy.device)
+        # A token that the policy cannot write, such as the demonstrator's mark, is a state and no
+        # target: its log-probability is -inf.
+        writable = batch.response_mask() & policy.suppress.isfinite()[batch.tokens]
+        logp = logp_at(policy, batch, writable)
+        return sft_loss(logp) * len(logp), len(logp)
+    history = fit(policy, [(pair,) for pair in pairs], loss_fn, config, rng,
+                  [(pair,) for pair in held_out], label)
     return policy, history
 
 
-@torch.no_grad()
-def rewarded(reference, reward, pairs, dense):
-    """(batch, its rewards (B, T), log pi_SFT (B, T)) of samples."""
-    batch = collate(pairs, device_of(reference.model))
-    rewards = reward.token_rewards(batch)
-    return batch, rewards if dense else at_the_end(rewards.sum(1), batch), reference(batch)
+# ---- reward models ------------------------------------------------------------------------------
 
+def train_reward(reward, items, held_out, loss, config, rng, label="reward"):
+    """(reward, history): a RewardModel trained on items (better, worse).
 
-def policy_gradient(forward, parts, old, beta, k, clip):
-    """Add up the gradient of policy_gradient_loss over the parts that rewarded() gave.
-
-    old: log pi of each part when it was drawn; None: it is drawn from the policy as it is now.
-    Returns the loss, a float, and log pi of each part.
+    loss: divergences.discriminator_loss, where better and worse are two sources, or
+    bradley_terry_loss, where they are two responses to one prompt. The held-out items pick the
+    weights.
     """
-    n, total, logps = sum(len(rewards) for _, rewards, _ in parts), 0.0, []
-    for i, (batch, rewards, logp_sft) in enumerate(parts):
-        logp = forward(batch)
-        logps.append(logp.detach())
-        loss = policy_gradient_loss(logp, (old or logps)[i], logp_sft, rewards,
-                                    batch.response_mask(), beta, k, clip) * (len(logp) / n)
+    def loss_fn(reward, items):
+        r = reward(collate([pair for item in items for pair in item], reward.device))
+        return loss(r[0::2], r[1::2]) * len(items), len(items)
+    return reward, fit(reward, items, loss_fn, config, rng, held_out, label)
+
+
+# ---- optimising the policy against a reward -----------------------------------------------------
+
+def optimise_policy(sft, reward, draw, config, kl_coef, label="policy"):
+    """max over pi of E_pi[r] - kl_coef KL(pi || pi_SFT), from pi_SFT, by REINFORCE with a
+    leave-one-out baseline. Its optimum for a fixed reward is pi_SFT e^(r/kl_coef) / Z.
+
+    draw(policy): pairs (x, y ~ pi), the config.samples responses to a prompt together. A reward
+    that is trained along has update(pairs, policy). Returns the policy and its history: the
+    samples' means {step, loss, grad_norm, proxy, kl, entropy}, in nats per sequence.
+    """
+    policy, history = copy.deepcopy(sft), []
+    optimizer = make_optimizer(policy, config)
+    for step in tqdm(range(config.steps), label, unit="step", disable=None, leave=False):
+        pairs = draw(policy)            # on-policy: a step is taken where the policy is now
+        if hasattr(reward, "update"):
+            reward.update(pairs, policy)
+        batch = collate(pairs, policy.device)
+        with torch.no_grad(), autocast(policy, config):     # the reward is held constant
+            rewards, logp_sft = reward.token_rewards(batch), logp_token(sft, batch)
+        with autocast(policy, config):
+            logp = logp_token(policy, batch)
+        loss = policy_gradient_loss(logp, logp_sft, rewards, batch.response_mask(), kl_coef,
+                                    config.samples)
         loss.backward()
-        total += loss.item()
-    return total, logps
+        norm = take_step(policy, optimizer, config, step, config.steps)
+        history.append({"step": step, "loss": loss.item(), "grad_norm": norm,
+                        "proxy": rewards.sum(1).mean().item(),
+                        "kl": (logp - logp_sft).sum(1).mean().item(),
+                        "entropy": -logp.sum(1).mean().item()})
+        if not math.isfinite(norm):
+            raise FloatingPointError(f"{label}: the gradient's norm is {norm} at step {step}; a "
+                                     "lower learning rate may help")
+    return policy, history
 
 
-def sample_means(parts, old):
-    """Means over samples, nats per sequence: proxy reward, log pi - log pi_SFT, -log pi."""
-    def mean(values):
-        return torch.cat([part.sum(1) for part in values]).mean().item()
-    return {"proxy": mean(rewards for _, rewards, _ in parts),
-            "kl_from_sft": mean(a - b for a, (_, _, b) in zip(old, parts)), "entropy": -mean(old)}
+# ---- preference pairs: DPO and SPIN -------------------------------------------------------------
+
+def logp_writable(policy, batch):
+    """logp_token with zero at tokens that no policy can write, such as the demonstrator's marks:
+    they are part of the state, not actions."""
+    logp = logp_token(policy, batch)
+    return logp.masked_fill(logp.isneginf(), 0.0)
 
 
-def fit_pairs(reference, items, beta, schedule, rng, label="pairs", snapshot=None):
-    """The policy, started at the reference, of least Bradley-Terry loss of its implicit reward
-    beta (log pi - log pi_ref) on items (preferred pair, other pair), and the history.
+def fit_pairs(reference, items, dpo_beta, config, rng, label="pairs"):
+    """(the policy of least dpo_loss on items (preferred pair, other pair), its history).
 
-    Labelled pairs make this DPO; a demonstration and pi_ref's own sample make it SPIN.
+    It starts at the reference. Labelled pairs make this DPO; a demonstration and the reference's
+    own sample make it SPIN.
     """
     policy = copy.deepcopy(reference)
 
-    def loss_fn(model, items):
-        batch = collate([pair for item in items for pair in item], device_of(model))
-        r = implicit_reward(model, reference, batch, beta)
-        return bradley_terry_loss(r[0::2], r[1::2])
-    learn, held_out = split(items, 0.05, rng)
-    return policy, fit(policy, learn, loss_fn, schedule, rng, label, held_out, snapshot)
-
-
-# ---- stage by stage, from the command line ------------------------------------------------------
-
-STAGES = {"data": [], "pretrain": ["corpus"], "sft": ["demos", "init"],     # and what each needs
-          "sample": ["prompts", "init"], "reward": ["positives", "negatives", "init"]}
-# Who trains nothing uses, of the flags whose help names no stage:
-SHARED = {"data": ["init"], "sample": ["init", "out", "overwrite", "seed", "device"]}
-
-
-@dataclass
-class Settings(Schedule):
-    """The flags of all stages; where the help begins with names of stages, they alone use it."""
-    corpus: str = setting(None, "pretrain: plain text by paragraph, or JSON lines with 'text'")
-    demos: str = setting(None, "sft: JSON lines with prompt and response, or chosen and rejected")
-    positives: str = setting(None, "reward: examples with label 1, as for --demos")
-    negatives: str = setting(None, "reward: examples with label 0, as for --demos")
-    prompts: str = setting(None, "sample: prompts, one a line or JSON lines")
-    per_prompt: int = setting(1, "sample: responses to each prompt")
-    init: str = setting(None, "the checkpoint to start from: a folder in the format of GPT-2, or a "
-                              "name on the Hugging Face hub such as gpt2 (pretrain: optional)")
-    out: str = setting(None, "the checkpoint folder to write; sample: the file")
-    overwrite: bool = setting(False, "replace what --out holds")
-    resume: bool = setting(False, "pretrain, sft, reward: go on where this was stopped")
-    seed: int = setting(0, "random seed")
-    device: str = setting("auto", "auto, cpu, cuda or mps")
-    head: str = setting("sum", "reward: the reward head", choices=list(HEADS))
-    max_prompt: int = setting(192, "data: longest prompt in tokens; longer ones keep their end")
-    max_response: int = setting(64, "data, sft, reward, sample: longest response, tokens")
-    n_positions: int = setting(256, "pretrain: longest sequence in tokens")
-    n_embd: int = setting(64, "pretrain: width")
-    n_layer: int = setting(2, "pretrain: layers")
-    n_head: int = setting(4, "pretrain: attention heads")
-    vocab_size: int = setting(2048, "data, pretrain: size of the byte-level BPE vocabulary")
-
-
-def flags_of(stage=None):
-    """Settings with the flags that one stage uses alone, its examples for a docstring: its help."""
-    def used(f):
-        named = {*f.metadata["help"].partition(":")[0].split(", ")}
-        return stage in named if named <= {*STAGES} else f.name in SHARED.get(stage, [f.name])
-    flags = [(f.name, f.type, setting(f.default, **f.metadata)) for f in fields(Settings)
-             if stage is None or used(f)]
-    title, *lines = __doc__.splitlines()
-    examples = [line for line in lines if f" train.py {stage or ''}" in line]
-    return make_dataclass("Flags", flags, namespace={"__doc__": "\n".join([title, "", *examples])})
-
-
-def check_model(n_embd, n_head, vocab_size):
-    """Refuse a transformer that cannot be built. Raises InputError."""
-    if n_head < 1 or n_embd < n_head or n_embd % n_head:
-        raise InputError(f"--n-embd {n_embd} must be a multiple of --n-head {n_head}")
-    if vocab_size < 258:
-        raise InputError(f"--vocab-size {vocab_size}: 256 bytes and two special tokens are least")
-
-
-def check(stage, s):
-    """Refuse settings that the stage cannot run with. Raises InputError."""
-    for name in ("lr", "epochs", "batch_size", "max_response", "n_positions", "n_layer",
-                 "per_prompt", "clip", "evaluations"):
-        if not (getattr(s, name) > 0 and math.isfinite(getattr(s, name))):
-            raise InputError(f"--{name.replace('_', '-')} must be positive")
-    check_model(s.n_embd, s.n_head, s.vocab_size)
-    for name in (*STAGES[stage], "out"):
-        if getattr(s, name) is None:
-            raise InputError(f"{stage} needs --{name}")
-
-
-def sample(s, device):
-    """Write n responses to each prompt as JSON lines, which the other stages read as examples.
-
-    Prompts go in chunks, each with randomness of its own: the result is the same whoever draws it.
-    """
-    out, (rank, count) = Path(s.out), rank_and_count()
-    if out.exists() and not s.overwrite:
-        raise InputError(f"{out} is there already: choose another --out, or --overwrite it")
-    model, tokenizer, _ = load_pretrained(s.init, trunk=False)
-    model, room = model.to(device), model.config.n_positions - s.max_response
-    if room < 1:
-        raise InputError(f"--max-response {s.max_response} leaves no room for a prompt")
-    prompts = [(x, tokenizer.encode(tokenizer.tail(x, room))) for x in read_prompts(s.prompts)]
-    chunks = [prompts[i:i + 32] for i in range(0, len(prompts), 32)]
-
-    def draw(number):
-        seed = random.Random(f"{s.seed} {number}").getrandbits(62)
-        return sample_responses(model, [ids for _, ids in chunks[number]], s.per_prompt,
-                                s.max_response, tokenizer.eos,
-                                torch.Generator(device).manual_seed(seed))
-    parts = from_all([draw(number) for number in range(rank, len(chunks), count)])
-    drawn = [row for number in range(len(chunks)) for row in parts[number % count][number // count]]
-    rows = [{"prompt": x, "response": tokenizer.decode(y)} for (x, _), ys in zip(prompts, drawn)
-            for y in ys]
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows if row["response"].strip()]
-    if rank == 0:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_aside(out, lambda part: part.write_text("".join(lines), encoding="utf-8"))
-    print(f"sample: {len(lines)} responses, {len(rows) - len(lines)} empty ones left out; {out}")
-
-
-def run_stage(stage, s, device):
-    """Train one stage as the settings say and write its checkpoint."""
-    rng = random.Random(s.seed)
-    torch.manual_seed(s.seed)
-    texts = read_texts(s.corpus) if stage == "pretrain" else None
-    if s.init:
-        model, tokenizer, _ = load_pretrained(s.init)
-    else:
-        tokenizer = bpe_tokenizer(texts, s.vocab_size)
-        model = GPT(GPTConfig(len(tokenizer), s.n_positions, s.n_embd, s.n_layer, s.n_head,
-                              suppress_tokens=tokenizer.suppress))
-    if stage == "pretrain":
-        data = encode_documents(tokenizer, texts, model.config.n_positions), []
-    else:
-        pairs = [read_pairs(getattr(s, name), tokenizer, model.config.n_positions, s.max_response)
-                 for name in STAGES[stage] if name != "init"]
-        data = pair_up(*pairs, rng) if stage == "reward" else split(*pairs, 0.05, rng)
-    out, head = Path(s.out), provenance(f"python train.py {stage}", s, device, data)
-    with claimed(out, "train.json", head, s.overwrite, s.resume) as head:
-        history, model = head.get("history"), model.to(device)
-        if history is None:     # else it was finished before
-            plan = Schedule(*(getattr(s, field.name) for field in fields(Schedule))), rng
-            if stage == "reward":
-                model, history = train_reward(model, *data, discriminator_step, *plan, s.head,
-                                              stage, out / "stages" / "fit")
-            else:
-                model, history = fine_tune(model, *data, *plan, stage, out / "stages" / "fit")
-            if rank_and_count()[0] == 0:
-                (save_reward if stage == "reward" else save_pretrained)(out, model, tokenizer)
-                write_json(out / "train.json", {**head, "history": history})
-                shutil.rmtree(out / "stages", ignore_errors=True)
-    best = sorted(record["held_out"] for record in history if "held_out" in record)[:1]
-    print(f"{stage}: loss {history[0]['loss']:.3f} -> {history[-1]['loss']:.3f} in {len(history)} "
-          f"steps{''.join(f', held-out loss {loss:.3f}' for loss in best)}; {out}")
-
-
-def main(argv=None):
-    stage, *rest = (sys.argv[1:] if argv is None else argv) or [None]
-    if {"-h", "--help"} & {stage, *rest}:
-        return parse_settings(flags_of(stage if stage in STAGES else None), ["--help"])
-    if stage not in STAGES:
-        raise InputError(f"name a stage first: {', '.join(STAGES)} (--help says more)")
-    file = rest.pop(0) if stage == "data" and rest and rest[0][:1] != "-" else None
-    s = parse_settings(Settings, rest)      # all flags: a script may share some among its stages
-    if stage == "data":
-        if file is None:
-            raise InputError("data needs a file: python train.py data FILE")
-        check_model(s.n_embd, s.n_head, s.vocab_size)
-        return print(describe(file, s))
-    check(stage, s)
-    device = choose_device(s.device, s.bf16, s.compile)
-    with processes(device):
-        return sample(s, device) if stage == "sample" else run_stage(stage, s, device)
-
-
-if __name__ == "__main__":
-    run_script(main)
+    def loss_fn(policy, items):
+        batch = collate([pair for item in items for pair in item], policy.device)
+        with torch.no_grad():
+            logp_ref = logp_writable(reference, batch)
+        log_ratio = (logp_writable(policy, batch) - logp_ref).sum(1)
+        return dpo_loss(log_ratio[0::2], log_ratio[1::2], dpo_beta) * len(items), len(items)
+    items, held_out = split(items, rng)
+    return policy, fit(policy, items, loss_fn, config, rng, held_out, label)

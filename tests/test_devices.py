@@ -5,7 +5,6 @@ What this cannot show is what only a GPU has: its kernels, its rounding, its mem
 """
 
 import importlib
-import json
 
 import pytest
 import torch
@@ -13,7 +12,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 import afd
-import train
 
 AWAY = torch.device("meta")     # a device of every build of torch; nothing real is on it here
 MAY_CROSS = {"copy_", "_to_copy"}
@@ -96,8 +94,7 @@ def elsewhere(monkeypatch):
     for module in ("torch.optim.adam", "torch.optim.optimizer"):    # fused AdamW
         monkeypatch.setattr(importlib.import_module(module), "_get_fused_kernels_supported_devices",
                             lambda: ["meta"], raising=False)
-    for module in (afd, train):
-        monkeypatch.setattr(module, "choose_device", lambda *args: AWAY)
+    monkeypatch.setattr(afd, "choose_device", lambda name: AWAY)
     with Factories():
         yield
 
@@ -110,28 +107,16 @@ def test_the_other_device_is_another(elsewhere):
         x + torch.zeros(3)
 
 
-def test_afd_runs_elsewhere(elsewhere, tmp_path):
-    """All reward models and all methods; resumed, it reads back what it kept."""
-    flags = ("--n-corpus 48 --n-demos 24 --n-samples 16 --n-prompts 2 --n-candidates 2 --methods "
-             "all --optimise all --policy-steps 1 --n-embd 8 --n-layer 1 --n-head 1 --rounds 1 "
-             f"--group 2 --micro-tokens 400 --out {tmp_path}").split()
-    afd.main(flags)
-    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
-    assert {*afd.METHODS, "bon", "sft", "demo", "init"} == {row["method"] for row in rows}
+@pytest.mark.parametrize("head", ["sum", "last"])
+def test_afd_runs_elsewhere(head, elsewhere, tmp_path):
+    """All reward models and all methods; resumed, it reads back what it saved. A failure means a
+    tensor that stayed behind on the CPU: the run would stop there on a GPU."""
+    flags = ("--n-corpus 48 --n-demos 24 --n-samples 16 --n-prompts 2 --n-candidates 2 "
+             "--policy-steps 1 --n-embd 8 --n-layer 1 --methods").split()
+    flags += ["all" if head == "sum" else "po init-sft 0.3", "--head", head, "--out", str(tmp_path)]
+    rows = afd.main(flags)["rows"]
+    names = [row["name"] for row in rows]
+    assert len(names) == len(set(names)) and {"pi_0", "pi_SFT", "best of 2, init-sft"} < {*names}
+    assert head == "last" or {"spin", "irft", "dpo", "adversarial, reverse_kl"} < {*names}
+    (tmp_path / "seed0" / "results.json").unlink()      # so that each stage is read back by itself
     assert afd.main([*flags, "--resume"])["rows"] == rows
-
-
-def test_stages_run_elsewhere(elsewhere, tmp_path):
-    """train.py, from text to a reward model with the common head, in bfloat16."""
-    (tmp_path / "t.txt").write_text("a rose is a rose\n\nis it a rose\n\n" * 20)
-    (tmp_path / "x.txt").write_text("a rose\nis it\n")
-    (tmp_path / "d.jsonl").write_text('{"prompt": "is it", "response": "a rose"}\n' * 8)
-    shape = "--n-embd 8 --n-layer 1 --n-head 1 --n-positions 32 --vocab-size 270"
-    for words in (f"pretrain --corpus t.txt --out pi_0 {shape}",
-                  "sft --demos d.jsonl --init pi_0 --out sft --bf16 --max-response 8",
-                  "sample --prompts x.txt --init sft --out y.jsonl --per-prompt 8 --max-response 8",
-                  "reward --positives d.jsonl --negatives y.jsonl --init pi_0 --head last --out r "
-                  "--bf16 --max-response 8"):
-        train.main([str(tmp_path / word) if word in ("sft", "r", "pi_0") and i or "." in word
-                    else word for i, word in enumerate(words.split())])
-    assert (tmp_path / "r" / "reward_head.pt").exists()

@@ -1,77 +1,149 @@
-"""The flags helper: what --help promises is what the dataclass holds."""
+"""The command line: what --help promises is what the dataclass holds, and errors are one line."""
 
-import re
-from dataclasses import dataclass, fields
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
 
 import pytest
+import torch
 
 import afd
-import train
-from model import InputError
-from train import parse_settings, run_script, setting
+from utils.cli import (InputError, choose_device, in_threads, make_folder, parse_settings, plural,
+                       run_script, setting, write_aside, write_json)
 
 
 @dataclass
 class Settings:
     """A test script."""
-    rate: float = setting(0.5, "step size")
+    rate: float = setting(0.5, "step size, 1% at least", 0.01, 3)
+    n_best: int = setting(4, "how many", 1)
     name: str = setting("a", "which one", choices=["a", "b"])
     fast: bool = setting(False, "hurry")
     file: str = setting(None, "a file")
 
 
 def test_fields_become_flags():
-    got = parse_settings(Settings, ["--rate", "2", "--fast", "--file", "x"])
-    assert got == Settings(rate=2.0, name="a", fast=True, file="x")
+    """A failure means that a flag is read as another type, or not at all."""
+    got = parse_settings(Settings, ["--rate", "2", "--fast", "--file", "x", "--n-best", "7"])
+    assert got == Settings(rate=2.0, n_best=7, name="a", fast=True, file="x")
+    assert parse_settings(Settings, []) == Settings()
 
 
-@pytest.mark.parametrize("argv", [["--nope"], ["--rate", "high"], ["--name", "c"], ["--fas"]])
-def test_bad_flags_are_one_line_and_status_2(argv, capsys):
+@pytest.mark.parametrize("argv, message", [
+    (["--nope"], "unrecognized arguments: --nope"), (["--fas"], "unrecognized"),
+    (["--rate", "high"], "--rate: invalid float"), (["--name", "c"], "--name: invalid choice"),
+    (["--rate", "0"], r"--rate must lie in [0.01, 3], not 0.0"), (["--rate", "nan"], "not nan"),
+    (["--n-best", "0"], "--n-best must lie in [1, inf], not 0"), (["--fast", "3"], "unrecognized")])
+def test_bad_flags_are_one_line_and_status_2(argv, message, capsys):
+    """A failure means that a typo starts a run of an hour, or ends in a traceback."""
     with pytest.raises(SystemExit) as stop:
         run_script(lambda: parse_settings(Settings, argv))
+    error = capsys.readouterr().err
     assert stop.value.code == 2
-    message = capsys.readouterr().err
-    assert message.startswith("error: ") and message.count("\n") == 1
+    assert error.startswith("error: ") and error.count("\n") == 1 and message in error
 
 
-def test_input_error_is_a_value_error():
+@pytest.mark.parametrize("error, status, line", [
+    (InputError("no such task"), 2, "error: no such task\n"),
+    (FloatingPointError("sft: nan at step 3"), 2, "error: sft: nan at step 3\n"),
+    (FileNotFoundError(2, "No such file", "x.jsonl"), 2, "error: x.jsonl: No such file\n"),
+    (KeyboardInterrupt(), 130, "stopped\n")])
+def test_what_a_user_can_put_right_is_one_line(error, status, line, capsys):
+    """A failure means that a traceback is shown for a mistake that is not ours."""
+    def main():
+        raise error
+    with pytest.raises(SystemExit) as stop:
+        run_script(main)
+    assert stop.value.code == status and capsys.readouterr().err == line
+
+
+def test_a_mistake_of_ours_shows_its_traceback():
+    """A ValueError is no InputError. A failure means that bugs are hidden as bad input."""
+    def main():
+        raise ValueError("no data to train on")
+    with pytest.raises(ValueError, match="no data"):
+        run_script(main)
     assert issubclass(InputError, ValueError)
 
 
-def test_a_stage_s_help_is_its_own():
-    """A flag that a stage's help names and the stage never reads would be believed; one that it
-    reads and that is not named would not be found."""
-    def flags(stage):
-        return {f.name for f in fields(train.flags_of(stage))}
-    schedule = {f.name for f in fields(train.Schedule)}
-    files = {"init", "out", "overwrite", "seed", "device"}
-    assert flags("data") == {"init", "max_prompt", "max_response", "vocab_size"}
-    assert flags("sample") == files | {"prompts", "per_prompt", "max_response"}
-    trains = schedule | files | {"resume"}
-    assert flags("sft") == trains | {"demos", "max_response"}
-    assert flags("reward") == trains | {"positives", "negatives", "head", "max_response"}
-    assert flags("pretrain") == trains | {"corpus", "n_positions", "n_embd", "n_layer", "n_head",
-                                          "vocab_size"}
-    assert flags(None) == {f.name for f in fields(train.Settings)}
-
-
-@pytest.mark.parametrize("stage", [*train.STAGES, None])
-def test_help_has_the_stage_s_examples_in_80_columns(stage, capsys):
+def test_help_is_the_documentation(capsys):
+    """Each field's flag, its line and its default; afd.py's examples fit 80 columns. A failure
+    means a flag that nobody finds."""
     with pytest.raises(SystemExit):
-        train.main([stage, "--help"] if stage else ["--help"])
+        parse_settings(Settings, ["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert shown.startswith("A test script.") and "--rate RATE step size, 1% at least" in shown
+    assert "(default: 0.5)" in shown and "--n-best" in shown and "--no-fast" not in shown
+    with pytest.raises(SystemExit):
+        afd.main(["--help"])
     shown = capsys.readouterr().out
-    assert shown.startswith(train.__doc__.splitlines()[0])      # the examples say the usage
-    examples = re.findall(r"^    .*train\.py (\w+)", shown, re.M)
-    assert set(examples) == ({stage} if stage else set(train.STAGES))
-    assert max(map(len, shown.splitlines())) <= 80
+    for field in dataclasses.fields(afd.Settings):
+        assert f"--{field.name.replace('_', '-')}" in shown
     assert max(map(len, afd.Settings.__doc__.splitlines())) <= 80
 
 
-@pytest.mark.parametrize("argv, says", [
-    (["data"], "data needs a file: python train.py data FILE"),
-    (["data", "--max-prompt", "9"], "data needs a file"),
-    ([], "name a stage first: data, pretrain"), (["cook"], "name a stage first"),
-    (["sft", "--nope"], "unrecognized arguments: --nope"), (["sft"], "sft needs --demos")])
-def test_what_is_missing_is_said(argv, says):
-    with pytest.raises(InputError, match=says):
-        train.main(argv)
+def test_fast_needs_cuda_and_says_so_before_it_writes(tmp_path):
+    """A failure means that --fast is ignored, or that its refusal leaves a folder behind."""
+    with pytest.raises(InputError, match="--fast needs CUDA"):
+        afd.main(["--fast", "--device", "cpu", "--out", str(tmp_path / "x")])
+    assert not (tmp_path / "x").exists()
+
+
+def test_devices():
+    """A failure means that a device which is not there is found out in the middle of a run."""
+    assert choose_device("cpu").type == "cpu"
+    assert choose_device("auto").type in ("cpu", "cuda", "mps")
+    for name in ("tpu", "cpu:x", "xpu"):
+        with pytest.raises(InputError, match="no device '" + name):
+            choose_device(name)
+
+
+def test_in_threads_keeps_the_order_and_gives_the_cores_back():
+    """A failure means that one reward model's scores are printed under another's name, or that
+    what comes after runs on one core."""
+    cores = torch.get_num_threads()
+    try:
+        for n in (1, 3):
+            torch.set_num_threads(n)
+            jobs = list(range(7))
+            assert in_threads(lambda job: job ** 2, jobs, torch.device("cpu")) == [
+                job ** 2 for job in jobs]
+            with pytest.raises(ZeroDivisionError):
+                in_threads(lambda job: 1 / job, jobs, torch.device("cpu"))
+            assert torch.get_num_threads() == n
+    finally:
+        torch.set_num_threads(cores)
+
+
+def test_plural():
+    assert [plural(n, "texts") for n in (0, 1, 2000)] == ["0 texts", "1 text", "2,000 texts"]
+
+
+# ---- files --------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("error, raised", [(KeyboardInterrupt(), KeyboardInterrupt),
+                                           (OSError(28, "No space left on device"), InputError)])
+def test_an_interrupted_write_leaves_the_old_file(error, raised, tmp_path):
+    """A failure means that stopping a run at the wrong moment loses the checkpoint before it."""
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def fail(part):
+        part.write_text("half")
+        raise error
+    with pytest.raises(raised):
+        write_aside(path, fail)
+    assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["file"]
+    write_aside(path, lambda part: part.write_text("new"))
+    assert path.read_text() == "new"
+
+
+def test_json_has_null_for_what_does_not_exist(tmp_path):
+    """A failure means a results.json that other programs cannot read: NaN is no JSON."""
+    write_json(tmp_path / "x.json", {"a": [math.nan, 1.5], "b": "é"})
+    assert "NaN" not in (tmp_path / "x.json").read_text(encoding="utf-8")
+    assert json.loads((tmp_path / "x.json").read_text()) == {"a": [None, 1.5], "b": "é"}
+    assert make_folder(tmp_path / "a" / "b").is_dir()
+    with pytest.raises(InputError, match="x.json: cannot be written"):
+        make_folder(tmp_path / "x.json")

@@ -7,9 +7,8 @@ import math
 import pytest
 import torch
 
-from model import InputError
 from toy_envs import heterogeneity as h
-from train import parse_settings, run_script
+from utils.cli import InputError, parse_settings, run_script
 
 SMALL = h.Settings(seeds=4, samples=2000, prompts=250)
 

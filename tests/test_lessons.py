@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 
-import train
-from model import InputError
-from reward import mean_ci
+import afd
+from model import GPT, GPTConfig
+from utils.cli import InputError, parse_settings
+from utils.evaluate import mean_ci
+from utils.tokenizer import bpe_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 LESSONS = ROOT / "docs" / "lessons"
@@ -199,10 +201,10 @@ def test_files_that_are_no_answer(source, words, tmp_path):
 
 def test_command_line(capsys):
     """No argument lists every exercise; a number answers for one; anything else is refused."""
-    for argv, status in (([], 0), (["3"], 1)):
-        with pytest.raises(SystemExit) as stop:
-            check.main(argv)
-        assert int(stop.value.code) == status
+    check.main([])
+    with pytest.raises(SystemExit) as stop:
+        check.main(["3"])
+    assert int(stop.value.code) == 1
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(NUMBERS) + 1
     assert "not started" in lines[0] and "not right yet" in lines[8] and "None" in lines[-1]
@@ -238,33 +240,25 @@ def commands(text):
     return [shlex.split((line or code).replace("…", " ")) for line, code in found]
 
 
-def settings_of(script):
-    """The settings dataclass of a script or module of the project; None if it takes no flags."""
-    module = script.removesuffix(".py").replace("/", ".")
-    return getattr(importlib.import_module(module), "Settings", None)
-
-
 def refuse(command):
     """Why this command would not start, or None. Nothing is run."""
     words = command[2:] if command[1] == "-m" else command[1:]
-    script, flags, settings = words[0], words[1:], None
+    script, flags = words[0], words[1:]
     if command[1] == "-m":
         script = script.replace(".", "/") + ".py"
     if not (ROOT / script).is_file():
         return f"there is no {script}"
-    if script.startswith("docs/"):      # results.py, check.py: words, no flags
+    if script.startswith(("docs/", "tests/")):      # these take words, no flags
         return next((f"{script} has no flag {flag}" for flag in flags if flag[0] == "-"), None)
-    if script == "train.py" and flags and flags[0][0] != "-":
-        files = [word for word in flags[1:2] if word[0] != "-"]
-        with pytest.raises(InputError) as said:     # for a flag that is missing, or a file
-            train.main([flags[0], *files])
-        if re.search("name a stage|unrecognized", str(said.value)):
-            return str(said.value)
-        settings, flags = train.flags_of(flags[0]), flags[1 + len(files):]
     if flags and flags[-1] == "--demos":            # the README speaks of `python afd.py --demos`
         flags = [*flags, "FILE"]
+    module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+    if not hasattr(module, "Settings"):
+        return f"{script} is no script"
     try:
-        train.parse_settings(settings or settings_of(script), flags)
+        settings = parse_settings(module.Settings, flags)
+        if module is afd:
+            afd.check(settings)
     except InputError as error:
         return str(error)
     return None
@@ -278,10 +272,9 @@ def test_commands_are_known(page):
 
 
 @pytest.mark.parametrize("command", [
-    "python nothing.py", "python afd.py --nope", "python train.py cook --demos x",
-    "python train.py sft --nope", "python train.py sft FILE --demos x",
-    "python train.py sft --corpus x", "python -m toy_envs.nothing",
-    "python -m toy_envs.gaussian --nope",
+    "python nothing.py", "python afd.py --nope", "python train.py sft --demos x",
+    "python afd.py --methods cook", "python afd.py --methods 'po init-sft'",
+    "python afd.py --gold x", "python -m toy_envs.nothing", "python -m toy_envs.gaussian --nope",
     "python docs/lessons/check.py --nope", "python afd.py --task baking"])
 def test_a_wrong_command_is_noticed(command):
     assert refuse(shlex.split(command))
@@ -310,79 +303,144 @@ def test_lessons_quote_no_measured_number(page):
     assert not re.findall(r"\d+\.\d+|\d+ ?%|±", prose.replace("95% interval", ""))
 
 
-# ---- what the lessons say in words ---------------------------------------------------------------
+def test_the_stages_are_a_library(tmp_path, monkeypatch, capsys):
+    """Lesson 8's program runs as it stands, with small files in place of GPT-2's and one's own."""
+    [program] = re.findall(r"```python\n(.*?)```", lesson(8), re.S)
+    texts = [f"{word} water, {word} egg." for word in ("boil", "cool", "salt", "stir")] * 5
+    tokenizer = bpe_tokenizer(texts, 300)
+    GPT(GPTConfig(len(tokenizer), n_positions=512, n_embd=8, n_layer=1, n_head=2,
+                  suppress_tokens=tokenizer.suppress, eos_token_id=tokenizer.eos)
+        ).save_pretrained(tmp_path / "gpt2")
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    records = [{"prompt": f"How {i}?", "response": text} for i, text in enumerate(texts)]
+    (tmp_path / "FILE").write_text("\n".join(json.dumps(record) for record in records))
+    monkeypatch.chdir(tmp_path)
+    exec(program, found := {})
+    assert found["scores"].shape == (16,) and len(found["items"]) == len(texts)
+    best = found["candidates"][found["scores"].argmax()]
+    assert found["tok"].decode(best) in capsys.readouterr().out
+
+
+# ---- what the pages say in words -----------------------------------------------------------------
 
 DATA = json.loads(results.COLLECTED.read_text(encoding="utf-8"))
+
+
+def test_tables_and_numbers_are_those_of_the_results():
+    """A number edited by hand, or new results of which only a half was committed, shows here."""
+    texts = {page.name: page.read_text(encoding="utf-8") for page in results.PAGES}
+    assert results.outdated(texts, DATA) == []
+    for right, wrong in (("| 1.77 ± 0.06 |", "| 1.78 ± 0.06 |"), ("89% ± 4%, and", "81% ± 4%, and"),
+                         ("(-0.25 ± 0.31)", "(-0.25 ± 0.32)"), ("2,167", "2,168"),
+                         ("| irft |", "| irtf |")):
+        text = texts["results.md"].replace(right, wrong, 1)
+        assert text != texts["results.md"]
+        assert results.outdated({"results.md": text}, DATA), wrong
+
+
+def test_a_cell_is_the_mean_over_seeds():
+    """Two groups of two seeds each; best of 64 stands on the curve; what is unknown is a dash."""
+    data = {"best_of_n": [{"group": "a", "seed": k, "reward_model": "x", "n": 64, "golden": 2.0 + k}
+                          for k in (0, 1)],
+            "rows": [{"group": group, "seed": k, "name": name, "golden": g, "kl": None}
+                     for group in "ab" for k, name, g in (
+                         (0, "best of 16, x", 1.0), (1, "best of 16, x", 3.0), (0, "pi_SFT", 0.0),
+                         (1, "pi_SFT", 2.0), (0, "best of 16, golden", 2.0),
+                         (1, "best of 16, golden", 4.0))]}
+    x = "best of 16, x"
+    for line, key, cell in (
+            (x, "a golden ±", "2.00 ± 12.71"),          # Student's t of one degree of freedom
+            (x, "a golden", "2.00"), (x, "a share ±", "50% ± 0%"), (x, "a kl ±", "–"),
+            (f"{x} − pi_SFT", "a+b golden ±", "1.00 ± 0.00"), ("best of 64, x", "a golden", "2.50"),
+            (f"best of 64, x − {x}", "a golden", "0.50"), ("y", "a golden", "–")):
+        assert results.cell(data, line, key) == cell, (line, key)
+
+
+def gain(group, a, b, column="golden"):
+    """(mean, half-width) over seeds of a's column less b's."""
+    x, y = (results.values(DATA, group, name, column) for name in (a, b))
+    assert x and x.keys() == y.keys(), (group, a, b)
+    return mean_ci(results.difference(DATA, group, a, b, column))
+
+
+def share(group, name):
+    """(mean, half-width) of a selector's share of the golden selector's gain at N = 16."""
+    return mean_ci([*results.values(DATA, group, f"best of 16, {name}", "share").values()])
 
 
 def test_lesson_6_on_the_last_two():
     """Not told apart by the first five seeds, nor by those that were added once they were seen."""
     for group in ("helpful-h1", "more-h1"):
-        mean, half = gain(group, "init-demo", "sft-demo")
+        mean, half = gain(group, "best of 16, init-demo", "best of 16, sft-demo")
         assert mean - half < 0 < mean + half
-        assert max(results.shares(DATA, group)[name][0] for name in ("init-demo", "sft-demo")) < 0
+        assert share(group, "init-demo")[0] < 0 and share(group, "sft-demo")[0] < 0
 
 
-def gain(group, a, b, column="gold_mean", n=16, m=16):
-    """(mean, half-width) over seeds of a's column less b's."""
-    x, y = (results.values(DATA, group, name, column, k) for name, k in ((a, n), (b, m)))
-    assert x and x.keys() == y.keys(), (group, a, b)
-    return mean_ci([x[seed] - y[seed] for seed in x])
-
-
-SAID = [    # (lesson, what it says, group, a, b): a is above b, the interval excludes zero
-    (3, "adversarial imitation falls behind the trained judge", "helpful-h0", "init-sft",
-     "adversarial reverse_kl"),
-    (6, "Init-SFT gains at h = 0", "helpful-h0", "init-sft", "sft"),
-    (6, "Init-SFT gains at h = 1", "helpful-h1", "init-sft", "sft"),
-    (6, "and goes beyond the demonstrations", "helpful-h1", "init-sft", "demo"),
-    (6, "Init-Demo picks worse than chance at h = 1", "helpful-h1", "random", "init-demo"),
-    (6, "SFT-Demo too", "helpful-h1", "random", "sft-demo"),
-    (6, "harmless, h = 0: Init-Demo wins", "harmless-h0", "init-demo", "init-sft"),
-    (6, "harmless, h = 0: SFT-Demo too is above Init-SFT", "harmless-h0", "sft-demo", "init-sft"),
-    (6, "harmless, h = 1: Init-SFT above Init-Demo", "harmless-h1", "init-sft", "init-demo"),
-    (7, "the closed form of the plain log-ratio ends below pi_SFT", "helpful-h0", "sft",
-     "closed-form log-ratio 0.3"),
+INIT_SFT, INIT_DEMO, SFT_DEMO = (f"best of 16, {x}" for x in ("init-sft", "init-demo", "sft-demo"))
+SENTENCES = [    # (lesson, what it says, group, a, b): a is above b, the interval excludes zero
+    (3, "adversarial imitation falls behind the trained discriminator", "helpful-h0", INIT_SFT,
+     "adversarial, reverse_kl"),
+    (6, "Init-SFT gains at h = 0", "helpful-h0", INIT_SFT, "pi_SFT"),
+    (6, "Init-SFT gains at h = 1", "helpful-h1", INIT_SFT, "pi_SFT"),
+    (6, "and goes beyond the demonstrations", "helpful-h1", INIT_SFT, "demonstrations"),
+    (6, "with marks Init-Demo picks worse than chance", "helpful-h1", "best of 16, random",
+     INIT_DEMO),
+    (6, "SFT-Demo too", "helpful-h1", "best of 16, random", SFT_DEMO),
+    (6, "harmless, h = 0: Init-Demo wins", "harmless-h0", INIT_DEMO, INIT_SFT),
+    (6, "harmless, h = 0: SFT-Demo too is above Init-SFT", "harmless-h0", SFT_DEMO, INIT_SFT),
+    (6, "harmless, h = 1: Init-SFT above Init-Demo", "harmless-h1", INIT_SFT, INIT_DEMO),
+    (7, "the closed form of the plain log-ratio ends below pi_SFT", "helpful-h0", "pi_SFT",
+     "closed form, log-ratio 0.3"),
+    (7, "the floored closed form is above best of 64", "helpful-h0", "closed form, floored 0.3",
+     "best of 64, init-sft"),
+    (2, "closer in reverse KL is not better written", "helpful-h0", "pi_SFT",
+     "adversarial-exact, reverse_kl"),
 ]
 
 
-@pytest.mark.parametrize("number, says, group, a, b", SAID)
-def test_what_lessons_say_is_what_came_out(number, says, group, a, b):
+@pytest.mark.parametrize("number, sentence, group, a, b", SENTENCES)
+def test_what_lessons_say_is_what_came_out(number, sentence, group, a, b):
     """New results may overturn a sentence: then that lesson has to be rewritten, not this test."""
     mean, half = gain(group, a, b)
-    assert mean - half > 0, f"lesson {number}: {says}"
+    assert mean - half > 0, f"lesson {number}: {sentence}"
 
 
 def test_what_lessons_say_is_level_or_turns():
-    mean, half = gain("helpful-h0", "init-sft", "init-demo")
-    assert abs(mean) + half < gain("helpful-h0", "init-sft", "sft")[0] / 10, (
+    mean, half = gain("helpful-h0", INIT_SFT, INIT_DEMO)
+    assert abs(mean) + half < gain("helpful-h0", INIT_SFT, "pi_SFT")[0] / 10, (
         "lesson 6: nearly as good at h = 0 on the helpful task")
-    mean, half = gain("helpful-h0", "po init-sft 0.3", "init-sft")
+    optimised = "policy optimisation, init-sft 0.3"
+    mean, half = gain("helpful-h0", optimised, INIT_SFT)
     assert mean - half < 0 < mean + half, "lesson 7: optimising is no better than best of 16"
-    assert gain("helpful-h0", "po init-sft 0.3", "init-sft", "kl_from_sft")[0] > 0
-    mean, half = gain("helpful-h0", "closed-form floored 0.3", "init-sft", m=64)
-    assert mean - half > 0, "lesson 7: the floored closed form is above best of 64"
-    mean, half = gain("harmless-h0", "closed-form floored 0.3", "init-sft", m=64)
+    assert gain("helpful-h0", optimised, INIT_SFT, "kl")[0] > 0
+    mean, half = gain("harmless-h0", "closed form, floored 0.3", "best of 64, init-sft")
     assert mean - half < 0 < mean + half, "lesson 7: level with it on the harmless task"
     for h in "01":
-        mine, last = (results.shares(DATA, f"{group}-h{h}")["init-sft"]
-                      for group in ("helpful", "last"))
+        mine, last = (share(f"{group}-h{h}", "init-sft") for group in ("helpful", "last"))
         assert last[0] + last[1] < mine[0] - mine[1], "lesson 6: the last token's head gains less"
-    assert gain("helpful-h1", "log-ratio", "log-ratio", n=64)[0] < 0, "lesson 7: it turns down"
-    for name in ("adversarial reverse_kl", "adversarial forward_kl"):
-        kl = results.values(DATA, "helpful-h0", name, "kl_from_sft")
+    assert gain("helpful-h1", "best of 16, log-ratio", "best of 64, log-ratio")[0] > 0, (
+        "lesson 7: it turns down")
+
+
+def test_what_lessons_say_of_imitation():
+    for name in ("adversarial, reverse_kl", "adversarial, forward_kl"):
+        kl = results.values(DATA, "helpful-h0", name, "kl")
         assert max(kl.values()) < 0.5, "lesson 3: adversarial imitation hardly moves"
+    exact = [f"adversarial-exact, {name}" for name in ("reverse_kl", "forward_kl")]
     for group in ("helpful-h0", "small"):
-        exact = [f"adversarial-exact {name}" for name in ("reverse_kl", "forward_kl")]
-        sft = results.values(DATA, group, "sft", "reverse_kl")
+        sft = results.values(DATA, group, "pi_SFT", "reverse_kl")
         seek = results.values(DATA, group, exact[0], "reverse_kl")
         assert all(seek[k] < sft[k] / 2 for k in sft), "lesson 3: it closes most of the reverse KL"
-        for column in ("forward_kl", "entropy"):
-            mean, half = gain(group, *exact, column)
-            mean = mean if column == "forward_kl" else -mean
-            assert mean - half > 0, f"lesson 2: the two part in {column}, {group}"
-    mean, half = gain("helpful-h0", "sft", "adversarial-exact reverse_kl")
-    assert mean - half > 0, "lesson 2: closer in reverse KL is not better written"
-    proxies = [gain("helpful-h1", name, name, "proxy_mean", 16, 1)[0]
-               for name in ("init-demo", "sft-demo", "init-sft")]
-    assert min(proxies[:2]) > 2 * proxies[2], "lesson 6: the misled promise the most"
+        mean, half = gain(group, *exact, "forward_kl")
+        assert mean - half > 0, f"lesson 2: the two part in forward KL, {group}"
+        mean, half = gain(group, *exact, "entropy")
+        assert mean + half < 0, f"lesson 2: the two part in entropy, {group}"
+
+
+def test_lesson_6_on_the_proxies():
+    """With marks the misled promise the most: their own score rises most from N = 1 to 16."""
+    proxy = {(p["reward_model"], p["n"], p["seed"]): p["proxy"] for p in DATA["best_of_n"]
+             if p["group"] == "helpful-h1"}
+    rises = {name: sum(proxy[name, 16, k] - proxy[name, 1, k] for k in range(5)) / 5
+             for name in ("init-demo", "sft-demo", "init-sft")}
+    assert min(rises["init-demo"], rises["sft-demo"]) > 2 * rises["init-sft"]

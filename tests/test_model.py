@@ -10,21 +10,16 @@ import random
 
 import pytest
 import torch
-from hypothesis import example, given, settings, strategies as st
 
 import model as m
-from model import (
-    EOS, PAD, UNK, GPT, GPTConfig, InputError, bpe_tokenizer, collate, encode_documents,
-    encode_pair, logp_seq, logp_token, sample_logits, sample_responses, word_tokenizer)
-
-TEXTS = ["the cat sat on the mat .", "a dog ran at the cat .", "señor — 日本 ☼"]
-BPE = bpe_tokenizer(TEXTS, 300)
-WORDS = word_tokenizer(["the", "cat", "sat", "."])
+from model import (GPT, GPTConfig, collate, generate, logp_at, logp_seq, logp_token,
+                   sample_logits)
 
 
 def tiny(vocab_size=7, n_positions=16, suppress=(), seed=0, std=0.5, **shape):
-    """A float64 model with every parameter off its default: weights, biases and norms."""
-    shape = {"n_embd": 8, "n_layer": 2, "n_head": 2, **shape}
+    """A float64 model with every parameter off its default: weights, biases and norms. A response
+    ends with token 1."""
+    shape = {"n_embd": 8, "n_layer": 2, "n_head": 2, "eos_token_id": 1, **shape}
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
@@ -35,9 +30,8 @@ def tiny(vocab_size=7, n_positions=16, suppress=(), seed=0, std=0.5, **shape):
     return model
 
 
-def right_padded(prompts, pad=0):
-    batch = collate([(prompt, []) for prompt in prompts], pad=pad)
-    return batch.tokens, batch.lengths
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
 
 
 def recomputed(model, ids):
@@ -46,7 +40,7 @@ def recomputed(model, ids):
         return model(torch.tensor([ids]))[0, -1]
 
 
-def reference_sample(model, prompts, max_new_tokens, n, eos, generator):
+def reference_sample(model, prompts, n, max_new_tokens, generator):
     """The sampler to compare with: recompute everything, one row at a time, invert by counting.
 
     It takes its uniforms as generate does: one per step and row, whether or not the row has ended.
@@ -54,14 +48,11 @@ def reference_sample(model, prompts, max_new_tokens, n, eos, generator):
     rows = [(list(prompt), []) for prompt in prompts for _ in range(n)]
     for uniforms in 1 - torch.rand(max_new_tokens, len(rows), generator=generator):
         for (prompt, response), u in zip(rows, uniforms.tolist()):
-            if response[-1:] != [eos]:
+            if response[-1:] != [model.config.eos_token_id]:
                 bounds = recomputed(model, prompt + response).softmax(-1).cumsum(-1).tolist()
                 response.append(sum(bound < u * bounds[-1] for bound in bounds))
-    return [response for _, response in rows]
-
-
-def cut(tokens, lengths):
-    return [row[:k] for row, k in zip(tokens.tolist(), lengths.tolist())]
+    responses = [response for _, response in rows]
+    return [responses[i:i + n] for i in range(0, len(responses), n)]
 
 
 def all_responses(vocabulary, longest, eos):
@@ -126,13 +117,13 @@ def test_no_token_sees_its_future():
     assert (model(idx)[:, 3:] - model(other)[:, 3:]).abs().min() > 1e-6
 
 
-def test_return_hidden_gives_what_the_logits_are_made_of():
+def test_logits_are_made_of_the_hidden_states():
     """A failure means that a reward head reads other states than the policy's."""
     model, idx = tiny(), torch.tensor([[1, 2, 3]])
-    logits, hidden = model(idx, return_hidden=True)
+    hidden = model.hidden(idx)
     assert hidden.shape == (1, 3, 8)
-    torch.testing.assert_close(logits, hidden @ model.wte.weight.T, rtol=0, atol=1e-12)
-    assert torch.equal(logits, model(idx))
+    torch.testing.assert_close(model(idx), hidden @ model.wte.weight.T, rtol=0, atol=1e-12)
+    assert torch.equal(model.logits(hidden), model(idx))
 
 
 def test_initial_scale():
@@ -164,6 +155,8 @@ def test_logp_token_is_the_log_softmax_at_the_token_before():
             expected[t] = recomputed(model, (prompt + response)[:t]).log_softmax(-1)[token]
         torch.testing.assert_close(row, expected, rtol=0, atol=1e-12)
     torch.testing.assert_close(logp_seq(model, collate(PAIRS)), got.sum(1), rtol=0, atol=0)
+    mask = collate(PAIRS).response_mask()
+    assert torch.equal(logp_at(model, collate(PAIRS), mask), got[mask])
 
 
 @pytest.mark.parametrize("order", [[0, 1, 2, 3], [2, 0, 3, 1]])
@@ -252,148 +245,154 @@ def test_gradient_of_logp_seq():
 PROMPTS = [[2, 3, 4, 5, 6], [6], [1, 1, 2]]
 
 
+@pytest.mark.parametrize("rows", [1, 4, 1024])
 @pytest.mark.parametrize("n", [1, 4])
-@pytest.mark.parametrize("pad", [0, 5])
-def test_cache_draws_what_recomputing_draws(n, pad):
-    """A failure means that the cache, its positions or its mask change the policy that is sampled:
-    the same uniforms then give other tokens than the sampler that recomputes everything."""
-    model, (prompts, lengths) = tiny(7, 16, (0,)), right_padded(PROMPTS, pad)
-    got = model.generate(prompts, 9, lengths, n, eos=1,
-                         generator=torch.Generator().manual_seed(5))
-    expected = reference_sample(model, PROMPTS, 9, n, 1, torch.Generator().manual_seed(5))
-    assert cut(*got) == expected
-    assert len({len(response) for response in expected}) > 1
+def test_the_cache_draws_what_recomputing_draws(n, rows, monkeypatch):
+    """A failure means that the cache, its positions or its mask change the policy that is sampled,
+    or that a response is credited to another prompt: the same uniforms then give other tokens than
+    the sampler that recomputes everything, chunk of prompts by chunk."""
+    model, prompts = tiny(7, 16, (0,)), [*PROMPTS, [4, 4], [5]]
+    monkeypatch.setattr(m, "ROWS", rows)
+    got = generate(model, prompts, n, max_new_tokens=9, generator=seeded(5))
+    generator, chunk, expected = seeded(5), max(1, rows // n), []
+    for start in range(0, len(prompts), chunk):
+        expected += reference_sample(model, prompts[start:start + chunk], n, 9, generator)
+    assert got == expected
+    assert len({len(response) for responses in expected for response in responses}) > 1
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
 @pytest.mark.parametrize("eos", [1, None])
-def test_cached_logits_are_the_recomputed_logits(eos, monkeypatch):
+def test_cached_logits_are_the_recomputed_logits(eos, temperature, monkeypatch):
     """A failure means that what is sampled is not what is differentiated. Every distribution that
-    generate draws from, for rows still running after others have ended, to 1e-10."""
-    seen = []
+    generate draws from, for rows still running after others have ended, to 1e-10. A row is known
+    by its uniform, so it does not matter where in the batch it stands."""
+    drawn, uniforms = [], torch.rand(9, 9, generator=seeded(0))
 
-    def record(logits, generator):
-        seen.append(logits.clone())
-        return sample_logits(logits, generator)
-
-    model, (prompts, lengths) = tiny(7, 16, (0,)), right_padded(PROMPTS)
+    def record(logits, uniform):
+        drawn.append((logits.clone(), uniform.clone()))
+        return sample_logits(logits, uniform)
+    model = tiny(7, 16, (0,), eos_token_id=eos)
     monkeypatch.setattr(m, "sample_logits", record)
-    got = cut(*model.generate(prompts, 9, lengths, 3, eos, generator=torch.Generator()))
-    rows = [(prompt, response) for prompt, response in zip(
-        [prompt for prompt in PROMPTS for _ in range(3)], got)]
+    got = sum(generate(model, PROMPTS, 3, temperature, 9, seeded(0)), [])
+    prompts = [prompt for prompt in PROMPTS for _ in range(3)]
     assert eos is None or len({len(response) for response in got}) > 2
-    for t, logits in enumerate(seen):
-        alive = [prompt + response[:t] for prompt, response in rows if len(response) > t]
-        expected = torch.stack([recomputed(model, ids) for ids in alive])
-        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-10)
+    compared = 0
+    for t, (logits, uniform) in enumerate(drawn):
+        for row, u in zip(logits, uniform):
+            i = uniforms[t].tolist().index(u.item())
+            if len(got[i]) > t:         # a row that has ended may stand there a while longer
+                expected = recomputed(model, prompts[i] + got[i][:t]) / temperature
+                torch.testing.assert_close(row, expected, rtol=0, atol=1e-10)
+                compared += 1
+    assert compared == sum(map(len, got))
 
 
-@pytest.mark.parametrize("others", [[], [[3], [2, 2, 3]]])
-def test_sampled_frequencies_are_the_probabilities(others):
-    """A failure means that generate samples another distribution than logp_seq scores, or that
-    neighbours which end early change it. 20000 draws, fixed seed; chi-square over the 40 responses
-    of at most 3 of 4 tokens, rejected beyond its upper 1/2000 quantile."""
+def log_law(model, prompt, responses, temperature):
+    """log of each response's probability if every token is drawn from pi^(1/temperature) / Z(s)."""
+    def log_p(response):
+        return sum((recomputed(model, prompt + response[:t]) / temperature).log_softmax(-1)[token]
+                   for t, token in enumerate(response))
+    return torch.stack([log_p(response) for response in responses])
+
+
+@pytest.mark.parametrize("temperature, others", [
+    (1.0, []), (1.0, [[3], [2, 2, 3]]), (0.5, [[3]]), (2.0, [[3]])])
+def test_sampled_frequencies_are_the_probabilities(temperature, others):
+    """A failure means that generate samples another distribution than logp_seq scores, that
+    neighbours which end early change it, or that a temperature flattens where it should sharpen.
+    20,000 draws, fixed seed; chi-square over the 40 responses of at most 3 of 4 tokens, rejected
+    beyond its upper 1/2000 quantile. The temperature the other way round must be refused."""
     model, n = tiny(4, 8, seed=2), 20000
-    prompts = [[2, 3], *others]
     responses = list(all_responses(range(4), 3, eos=1))
     assert len(responses) == 40
-    tokens, lengths = right_padded(prompts)
-    drawn = cut(*model.generate(tokens, 3, lengths, n, eos=1,
-                                generator=torch.Generator().manual_seed(0)))
-    for i, prompt in enumerate(prompts):
-        counts = dict.fromkeys(map(tuple, responses), 0)
-        for response in drawn[i * n:(i + 1) * n]:
-            counts[tuple(response)] += 1
-        with torch.no_grad():
-            logp = logp_seq(model, collate([(prompt, response) for response in responses]))
-        statistic, freedom = chi_square(list(counts.values()), (n * logp.exp()).tolist())
-        assert freedom > 15 and statistic < chi_square_bound(freedom)
+    written = generate(model, [[2, 3], *others], n, temperature, 3, seeded(0))
+    for prompt, ys in zip([[2, 3], *others], written):
+        counts = [ys.count(response) for response in responses]
+        log_p = log_law(model, prompt, responses, temperature)
+        if temperature == 1:
+            scored = logp_seq(model, collate([(prompt, response) for response in responses]))
+            torch.testing.assert_close(scored, log_p)
+        statistic, freedom = chi_square(counts, (n * log_p.exp()).tolist())
+        assert sum(counts) == n and freedom > 10 and statistic < chi_square_bound(freedom)
+        if temperature != 1:
+            wrong = n * log_law(model, prompt, responses, 1 / temperature).exp()
+            statistic, freedom = chi_square(counts, wrong.tolist())
+            assert statistic > 10 * chi_square_bound(freedom)
 
 
-def test_lengths_count_eos_and_the_rest_is_pad():
-    """A failure means that a reward or a loss would be taken over the wrong tokens."""
-    model, (prompts, lengths) = tiny(7, 16), right_padded(PROMPTS)
-    tokens, k = model.generate(prompts, 6, lengths, 8, eos=1, pad=5,
-                               generator=torch.Generator().manual_seed(1))
-    assert tokens.shape == (24, 6) and k.shape == (24,)
-    assert 1 <= k.min() < k.max() == 6
-    for row, length in zip(tokens.tolist(), k.tolist()):
-        assert 1 not in row[:length - 1]
-        assert row[length - 1] == 1 or length == 6
-        assert row[length:] == [5] * (6 - length)
+def test_a_response_ends_with_its_first_eos():
+    """A failure means that a reward or a loss would be taken over the wrong tokens: a response
+    holds EOS at its end only, or is as long as it may be. A row that has ended while most others
+    run stays in the batch and may draw EOS again; that one must not count."""
+    responses = generate(tiny(7, 16), PROMPTS, 8, max_new_tokens=6, generator=seeded(1))
+    assert [len(row) for row in responses] == [8, 8, 8]
+    lengths = {len(response) for row in responses for response in row}
+    assert min(lengths) < max(lengths) == 6
+    for response in sum(responses, []):
+        assert 1 not in response[:-1]
+        assert response[-1] == 1 or len(response) == 6
 
 
 def test_without_eos_every_response_is_full():
     """A failure means that a token's id ends a response although nothing was said to end it."""
-    model = tiny(4, 16)
-    tokens, lengths = model.generate(torch.tensor([[2, 3]]), 10, n=20,
-                                     generator=torch.Generator().manual_seed(0))
-    assert (lengths == 10).all() and {*tokens.flatten().tolist()} == {0, 1, 2, 3}
+    responses, = generate(tiny(4, 16, eos_token_id=None), [[2, 3]], 20, max_new_tokens=10,
+                          generator=seeded(0))
+    assert {len(response) for response in responses} == {10}
+    assert set(sum(responses, [])) == {0, 1, 2, 3}
 
 
 def test_suppressed_tokens_are_never_sampled():
     """A failure means that the policy writes what its own log-probability calls impossible."""
-    tokens, _ = tiny(6, 40, (0, 5)).generate(torch.tensor([[2, 3]]), 30, n=200,
-                                             generator=torch.Generator().manual_seed(0))
-    assert {*tokens.flatten().tolist()} == {1, 2, 3, 4}
+    responses, = generate(tiny(6, 40, (0, 5), eos_token_id=None), [[2, 3]], 200, max_new_tokens=30,
+                          generator=seeded(0))
+    assert set(sum(responses, [])) == {1, 2, 3, 4}
 
 
 def test_prompts_must_fit():
     """A failure means that a response runs beyond the learned positions, or that a prompt without
     a token is continued from padding; a response that just fits must be allowed."""
-    model, prompts = tiny(7, 8), torch.tensor([[1, 2, 3, 4], [5, 0, 0, 0]])
-    model.generate(prompts, 4)
-    model.generate(prompts[1:], 7, torch.tensor([1]))
-    for new, lengths in [(5, None), (5, torch.tensor([4, 1])), (1, torch.tensor([4, 0]))]:
+    model = tiny(7, 8, eos_token_id=None)
+    prompts = [[1, 2, 3, 4], [5]]
+    for new, expected in ((4, 4), (None, 4)):       # None: as many as the longest prompt leaves
+        written = generate(model, prompts, max_new_tokens=new, generator=seeded(0))
+        assert [len(row[0]) for row in written] == [expected] * 2
+    assert len(generate(model, prompts[1:], generator=seeded(0))[0][0]) == 7
+    for prompts, new in (([[1, 2, 3, 4], [5]], 5), ([[1, 2, 3, 4], []], 1), ([[1] * 8], None),
+                         ([[1]], 0)):
         with pytest.raises(ValueError, match="do not fit 8"):
-            model.generate(prompts, new, lengths)
+            generate(model, prompts, max_new_tokens=new)
+    assert generate(model, []) == []
 
 
 def test_draws_come_from_the_generator_alone():
-    """A failure means that a run cannot be repeated, or that sampling disturbs another's seed."""
-    model, prompts = tiny(), torch.tensor([[1, 2, 3]])
+    """A failure means that a run cannot be repeated, that sampling disturbs another's seed, or that
+    a second call continues the first one's cache."""
+    model = tiny()
+    logits, before, python = recomputed(model, [1, 2, 3]), torch.get_rng_state(), random.getstate()
 
     def draw(seed):
-        return model.generate(prompts, 8, n=5, eos=1,
-                              generator=torch.Generator().manual_seed(seed))[0].tolist()
-
-    before, python = torch.get_rng_state(), random.getstate()
+        return generate(model, [[1, 2, 3]], 5, max_new_tokens=8, generator=seeded(seed))
     assert draw(0) == draw(0) != draw(1)
     assert torch.equal(torch.get_rng_state(), before) and random.getstate() == python
-
-
-def test_sampling_leaves_no_trace():
-    """A failure means that a second call continues the first one's cache."""
-    model, prompts = tiny(), torch.tensor([[1, 2, 3]])
-    logits = recomputed(model, [1, 2, 3])
-    model.generate(prompts, 4, n=3, generator=torch.Generator())
     assert torch.equal(recomputed(model, [1, 2, 3]), logits)
     assert all(parameter.requires_grad for parameter in model.parameters())
-
-
-@pytest.mark.parametrize("rows", [1, 4, 1024])
-def test_sample_responses_keeps_prompts_and_candidates_together(rows):
-    """A failure means that a response is credited to another prompt. Each chunk of prompts must
-    give what the reference sampler gives for it."""
-    model, prompts, n = tiny(7, 16, (0,)), [*PROMPTS, [4, 4], [5]], 2
-    got = sample_responses(model, prompts, n, 6, 1, torch.Generator().manual_seed(7), rows)
-    generator, chunk, expected = torch.Generator().manual_seed(7), max(1, rows // n), []
-    for start in range(0, len(prompts), chunk):
-        flat = reference_sample(model, prompts[start:start + chunk], 6, n, 1, generator)
-        expected += [flat[i:i + n] for i in range(0, len(flat), n)]
-    assert got == expected
 
 
 def test_sampling_stays_within_its_memory(monkeypatch):
     """A failure means that GPT-2 samples a thousand responses at a time, and no card holds that:
     as many rows as fit 2 (keys, values) x layers x width x slots numbers, at least one prompt's."""
-    model, rows = tiny(7, 16), []
-    monkeypatch.setattr(model, "_prefill", lambda prompts, *rest: (
-        rows.append(len(prompts)), m.GPT._prefill(model, prompts, *rest))[1])
+    model, rows, prefill = tiny(7, 16), [], m._prefill
+
+    def record(policy, batch, *rest):
+        rows.append(len(batch.tokens))
+        return prefill(policy, batch, *rest)
+    monkeypatch.setattr(m, "_prefill", record)
     per_row = 2 * model.config.n_layer * model.config.n_embd * (4 + 6)
     for room, expected in ((10 * per_row, [3, 3, 1]), (per_row, [1] * 7), (1000 * per_row, [7])):
         monkeypatch.setattr(m, "CACHE_NUMBERS", room)
         rows.clear()
-        got = sample_responses(model, [[2, 3], [4, 5, 6, 6]] * 3 + [[2]], 3, 6, None, None)
+        got = generate(model, [[2, 3], [4, 5, 6, 6]] * 3 + [[2]], 3, max_new_tokens=6)
         assert rows == expected and [len(row) for row in got] == [3] * 7
 
 
@@ -442,107 +441,3 @@ def test_rows_are_drawn_independently():
     joint = [(drawn == torch.tensor(pair)).all(1).double().mean().item()
              for pair in [(0, 0), (0, 1), (1, 0), (1, 1)]]
     assert joint == pytest.approx([0.16, 0.64, 0.04, 0.16], abs=0.031)
-
-
-# ---- tokenizers ---------------------------------------------------------------------------------
-
-def test_word_tokenizer_round_trip_and_unknown_words():
-    """A failure means that the toy tasks' words change on their way through the policy."""
-    assert WORDS.encode("the cat sat .") == [3, 4, 5, 6]
-    assert WORDS.decode([3, 4, 5, 6]) == "the cat sat ."
-    assert WORDS.encode("the dog sat ☼") == [3, WORDS.unk, 5, WORDS.unk]
-    assert len(WORDS) == 7 and WORDS.backend.id_to_token(WORDS.unk) == UNK
-    assert WORDS.decode([3, WORDS.eos, WORDS.pad]) == "the"
-    assert set(WORDS.suppress) == {WORDS.pad, WORDS.unk}
-
-
-@pytest.mark.parametrize("tokenizer", [WORDS, BPE], ids=["words", "bpe"])
-def test_pad_is_not_eos(tokenizer):
-    """A failure means that stopping and padding are one token, so that masks by id seem to work."""
-    assert tokenizer.pad != tokenizer.eos
-    assert tokenizer.backend.id_to_token(tokenizer.eos) == EOS
-    assert tokenizer.backend.id_to_token(tokenizer.pad) == PAD
-    assert tokenizer.pad in tokenizer.suppress and tokenizer.eos not in tokenizer.suppress
-
-
-@settings(derandomize=True, deadline=None, max_examples=200, database=None)
-@given(st.text().filter(lambda text: EOS not in text and PAD not in text))
-@example(" two  spaces\n\tand a tab ")
-@example("é 日本 🦆 \x00")
-def test_bpe_round_trip(text):
-    """A failure means that there are texts which the policy cannot read or write."""
-    ids = BPE.encode(text)
-    assert BPE.decode(ids) == text
-    assert not {BPE.eos, BPE.pad} & {*ids} and BPE.unk is None
-    assert all(0 <= i < len(BPE) for i in ids)
-
-
-@pytest.mark.parametrize("text", [f"the {EOS} cat", f"the{PAD} cat"])
-def test_a_special_token_spelled_out_is_text(text):
-    """A failure means that a document which quotes the special tokens, such as a page on language
-    models, ends responses in their middle, and that decoding drops what stood there."""
-    assert BPE.decode(BPE.encode(text)) == text
-    assert not {BPE.eos, BPE.pad} & {*BPE.encode(text)}
-
-
-def test_a_tokenizer_needs_eos():
-    """A failure means that a policy is made that can never stop."""
-    backend = bpe_tokenizer(TEXTS, 300).backend
-    plain = type(backend)(type(backend.model)())
-    with pytest.raises(InputError, match="endoftext"):
-        m.Tokenizer(plain)
-
-
-def test_encode_pair():
-    """A failure means that a finished response has no EOS, a cut one has, or a prompt that does
-    not fit loses its end."""
-    def pair(response, max_prompt=2, max_response=3):
-        return encode_pair(WORDS, "the cat", response, max_prompt, max_response)
-
-    assert pair("sat .") == ([3, 4], [5, 6, WORDS.eos])
-    assert pair("sat . the") == ([3, 4], [5, 6, 3])
-    assert pair("sat . the cat") == ([3, 4], [5, 6, 3])
-    assert pair("") == ([3, 4], [WORDS.eos])
-    assert pair("sat", max_prompt=1) == ([4], [5, WORDS.eos])
-
-
-@given(st.text(max_size=30), st.integers(1, 12))
-@settings(deadline=None, max_examples=60, derandomize=True)
-def test_a_tail_is_an_end_that_fits(text, n):
-    """A failure means that a cut prompt does not fit, is no end of the prompt, or that more of it
-    than a character and a token would have fitted."""
-    tail = BPE.tail(text, n)
-    assert text.endswith(tail) and len(BPE.encode(tail)) <= n
-    assert tail == text or len(BPE.encode(text[-len(tail) - 3:])) >= min(n, 3)
-    assert BPE.tail(tail, n) == tail
-
-
-def test_encode_documents_covers_all_tokens():
-    """A failure means that pretraining skips text, or never sees that documents end. Only a last
-    piece of one token may be missing: nothing can be predicted in it."""
-    for text in ["the cat sat .", "the cat sat", "the", "", "the cat . the cat . sat"]:
-        whole = [*WORDS.encode(text), WORDS.eos]
-        pieces = encode_documents(WORDS, [text], 4)
-        assert all(prompt == [] and 1 < len(ids) <= 4 for prompt, ids in pieces)
-        joined = [i for _, ids in pieces for i in ids]
-        assert joined == (whole[:-1] if len(whole) % 4 == 1 else whole)
-    both = encode_documents(WORDS, ["the cat", "sat ."], 4)
-    assert [ids for _, ids in both] == [[3, 4, WORDS.eos], [5, 6, WORDS.eos]]
-
-
-# ---- files --------------------------------------------------------------------------------------
-
-def test_interrupted_write_keeps_the_old_file(tmp_path):
-    """A failure means that stopping a run at the wrong moment loses the checkpoint before it."""
-    path = tmp_path / "file"
-    path.write_text("old")
-
-    def fail(part):
-        part.write_text("half")
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        m.write_aside(path, fail)
-    assert path.read_text() == "old"
-    m.write_aside(path, lambda part: part.write_text("new"))
-    assert path.read_text() == "new"

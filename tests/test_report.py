@@ -14,11 +14,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from utils.plots import COLORS, draw_run, pyplot
-from utils.report import FIGURES, clauses, table, verdict, write_report
-from toy_envs.text_tasks import FLOURISHES, TextTask
+from toy_envs.text_tasks import MARKS, TextTask
 from utils.evaluate import summarise
-from utils.worlds import World
+from utils.plots import COLORS, draw_run, pyplot
+from utils.report import (FIGURES, clauses, collect, present, print_reward_models, print_samples,
+                          print_table, table, verdict, write_report)
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome",
                                                 "google-chrome-stable"))), None)
@@ -59,10 +59,10 @@ class Reader(HTMLParser):
 
 def world_of(task=None):
     """The part of a world that a report reads: of a built-in task, or of one's own files."""
-    fields = {**dict.fromkeys(World.__dataclass_fields__), "notes": []}
-    if task:
-        fields.update(parse=task.parse, values=task.values, unmark=task.unmark, golden=task.golden)
-    return SimpleNamespace(**fields)
+    if task is None:
+        return SimpleNamespace(parse=None, values=None, unmark=None, golden=None, notes=[])
+    return SimpleNamespace(parse=task.parse, values=task.values, unmark=task.unmark,
+                           golden=task.golden, notes=[])
 
 
 def content(prompts, world, texts, demos=None, n=8):
@@ -70,27 +70,30 @@ def content(prompts, world, texts, demos=None, n=8):
     rng = np.random.default_rng(0)
     samples, known = [], world.golden is not None
     for i, prompt in enumerate(prompts):
-        said = {"text": texts[i], "golden": world.golden(prompt, texts[i]) if known else None}
+        one = {"text": texts[i], "golden": world.golden(prompt, texts[i]) if known else None,
+               "proxy": None}
         mine = [texts[(i + k) % len(texts)] for k in range(n)]
         scores = {name: rng.integers(0, 5, n).astype(float).tolist()     # with ties
                   for name in ("init-sft", "log-ratio", "length")}
         if known:
             scores["golden"] = [world.golden(prompt, text) for text in mine]
         samples.append({"prompt": prompt, "candidates": {"text": mine, "scores": scores},
-                        "writers": dict.fromkeys(("pi_0", "pi_SFT", "8, init-sft", "optimised",
-                                                  "demonstration"), said)})
-    row = {"seed": 0, "method": "bon", "reward_model": "init-sft", "n": n, "beta": None,
-           "gold_mean": 1.25 if known else None, "gold_ci95": 0.5 if known else None,
+                        "writers": dict.fromkeys(
+                            ("pi_0", "pi_SFT", f"best of {n}, init-sft",
+                             "policy optimisation, init-sft 0.3", "demonstration"), one)})
+    row = {"seed": 0, "name": f"best of {n}, init-sft", "golden": 1.25 if known else None,
+           "golden_ci95": 0.5 if known else None, "proxy": 3.0,
            **dict.fromkeys(("win_vs_sft", "win_vs_demo", "reverse_kl", "forward_kl", "distinct")),
-           "proxy_mean": 3.0, "kl_from_sft": 1.8, "entropy": 9.0, "length_mean": 20.0}
-    learned = {"reward_model": "init-sft", "accuracy": 0.75, "calibration_error": float("nan"),
-               "corr_golden": None, "corr_length": 0.5, "marks_worth": None,
-               "human_agreement": None, "human_ci95": None, "human_pairs": 0}
-    config = {"task": "helpful", "heterogeneity": 0.0, "demos": demos, "n_candidates": n,
-              "betas": [0.3]}
-    return {"command": f"python afd.py {demos}", "versions": {"python": "3"}, "config": config,
-            "seconds": {"0": {}}, "reward_models": [learned], "summary": None, "gold": "",
-            "rows": [row, {**row, "method": "po", "beta": 0.3, "n": 1}]}, samples
+           "kl": 1.8, "entropy": 9.0, "length": 20.0}
+    learned = {"seed": 0, "reward_model": "init-sft", "accuracy": 0.75,
+               "calibration_error": float("nan"), "corr_golden": None, "corr_length": 0.5,
+               "marks_worth": None, "human_agreement": None, "human_ci95": None, "human_pairs": 0}
+    settings = {"task": "helpful", "heterogeneity": 0.0, "demos": demos, "n_candidates": n,
+                "methods": ["po init-sft 0.3"]}
+    return {"command": f"python afd.py {demos}", "versions": {"python": "3"}, "golden": "",
+            "settings": settings, "seconds": {"0": {}}, "reward_models": [learned],
+            "rows": [row, {**row, "name": "policy optimisation, init-sft 0.3"}],
+            "summary": {"n": n, "seeds": [0], "methods": {}, "differences": []}}, samples
 
 
 def written(folder, *args, **more):
@@ -116,7 +119,7 @@ def test_text_from_data_is_never_markup(tmp_path):
     assert not set("<\u2028\u2029") & set(data_of(page))
     prompts = json.loads(data_of(page))["prompts"]
     assert [p["prompt"] for p in prompts] == [text.strip() for text in NASTY]
-    assert prompts[0]["said"] == [[[None, text]] for text in NASTY]
+    assert prompts[0]["candidates"] == [[[None, text]] for text in NASTY]
     assert "<dt>command</dt><dd>python afd.py &lt;b onclick=&#x27;x&#x27;&gt;&amp;&quot;" in page
 
 
@@ -141,7 +144,7 @@ def test_tables_say_what_the_rows_hold(tmp_path):
     titles, selector, policy = Reader(page).tables["results-title"]
     assert selector == ["best of 8, init-sft", "1.25 ± 0.50", "3.0", "1.8", "9.0", "20"]
     assert titles == ["writer", "golden, points", "proxy, nats", "KL, nats", "entropy, nats",
-                      "length, tokens"] and policy[0] == "po init-sft 0.3"
+                      "length, tokens"] and policy[0] == "policy optimisation, init-sft 0.3"
     assert f'style="background:{COLORS["init-sft"]}"' in page
     assert Reader(page).tables["learned-title"] == [
         ["reward model", "accuracy", "correlation with length"], ["init-sft", "0.75", "0.50"]]
@@ -154,65 +157,159 @@ def test_columns_of_which_nothing_is_known_are_left_out():
     assert made.tables[None] == [["name", "b", "c"], ["x", "1", "-"], ["y", "-", "2"]]
 
 
-def run_of(gold=None, agreement=None, marks=None):
-    """results of a made-up run of one seed; gold: {writer: points}, agreement: {reward model:
-    share of people's pairs}, with an interval of 0.1."""
-    row = {"seed": 0, "task": "helpful", "beta": None, "gold_ci95": gold and 0.25,
-           "proxy_mean": 1.0}
-    methods = {"sft": None, "demo": None, **dict.fromkeys(("init-sft", "floored", "golden"), "bon")}
-    rows = [{**row, "method": method or name, "reward_model": method and name, "n": n,
-             "gold_mean": gold and gold[name]} for name, method in methods.items()
-            for n in ((1, 16) if method else (1,))]
-    records = [{"seed": 0, "reward_model": name, "corr_golden": gold and 0.5, "corr_length": 0.1,
-                "marks_worth": marks, "human_pairs": 40 if agreement else 0, "human_ci95": 0.1,
+def run_of(golden=None, agreement=None, marks=None):
+    """results of a made-up run of one seed; golden: {row: points}, agreement: {reward model: share
+    of people's pairs}, with an interval of 0.1."""
+    names = ["pi_SFT", "demonstrations",
+             *(f"best of 16, {name}" for name in ("init-sft", "floored", "golden"))]
+    rows = [{"seed": 0, "name": name, "golden": golden and golden[name],
+             "golden_ci95": golden and 0.25, "proxy": 1.0,
+             **dict.fromkeys(("win_vs_sft", "win_vs_demo", "kl", "reverse_kl", "forward_kl",
+                              "entropy", "distinct")), "length": 20.0} for name in names]
+    curve = [{"seed": 0, "reward_model": name, "n": n, "proxy": float(n), "kl": 0.0,
+              "golden": golden and golden[f"best of 16, {name}"]}
+             for name in ("init-sft", "floored", "golden") for n in (1, 16)]
+    records = [{"seed": 0, "reward_model": name, "accuracy": 0.75, "calibration_error": 0.05,
+                "corr_golden": golden and 0.5, "corr_length": 0.1, "marks_worth": marks,
+                "human_pairs": 40 if agreement else 0, "human_ci95": 0.1,
                 "human_agreement": agreement and agreement[name]}
                for name in ("init-sft", "floored")]
-    return {"rows": rows, "reward_models": records, "gold": "", "summary": summarise(rows, 16)}
+    return {"rows": rows, "best_of_n": curve, "reward_models": records, "golden": "",
+            "settings": {"demos": None}, "summary": summarise(rows, 16)}
 
 
-GOLD = {"sft": 1.0, "demo": 2.0, "init-sft": 1.5, "floored": 2.6, "golden": 3.0}
+GOLDEN = {"pi_SFT": 1.0, "demonstrations": 2.0, "best of 16, init-sft": 1.5,
+          "best of 16, floored": 2.6, "best of 16, golden": 3.0}
 
 
 @pytest.mark.parametrize("results, says", [
-    (run_of(GOLD), "Of 2 reward models floored picks best: its best of 16 earns 2.60 ± 0.25 points"
-                   ", 80% of what a selector that knows golden gains over pi_SFT. pi_SFT: 1.00, "
-                   "demonstrations: 2.00, that selector: 3.00."),
+    (run_of(GOLDEN), "Of 2 reward models floored picks best: its best of 16 earns 2.60 ± 0.25 "
+                     "points, 80% of what a selector that knows golden gains over pi_SFT. pi_SFT: "
+                     "1.00, demonstrations: 2.00, that selector: 3.00."),
     (run_of(agreement={"init-sft": 0.65, "floored": 0.4}),
      "Nobody knows the golden reward of these data. Of 2 reward models init-sft agrees most with "
      "people, on 0.650 ± 0.100 of 40 held-out pairs, above chance."),
     (run_of(agreement={"init-sft": 0.3, "floored": 0.55}), "which chance may explain."),
     (run_of(), "no held-out pairs say what people prefer: read the samples."),
-    ({**run_of(GOLD), "gold": "a judge"}, "2.60 ± 0.25 log-odds by the trained judge, 80%"),
+    ({**run_of(GOLDEN), "golden": "a model"}, "2.60 ± 0.25 log-odds by the trained model, 80%"),
     ({**run_of(), "reward_models": []}, "No reward model was asked for.")])
 def test_the_verdict_is_what_came_out(results, says):
     """The first line that a reader sees: the wrong model or share there would be believed."""
-    assert says in verdict(results, 16)
+    assert says in verdict(results)
 
+
+# ---- the terminal -------------------------------------------------------------------------------
+
+def test_the_printed_table_has_each_row_its_interval_and_the_outcome(capsys):
+    """Names are written out, a line has at most 100 columns, and what is not known is a dash."""
+    results = run_of(GOLDEN)
+    results["rows"].append({**results["rows"][0], "golden": -1.25, "kl": 12.5, "reverse_kl": 7.0,
+                            "name": "policy optimisation, preference 0.3"})
+    print_table(results)
+    printed = capsys.readouterr().out
+    lines = printed.splitlines()
+    assert max(map(len, lines)) <= 100
+    assert lines[3].split() == "golden proxy w/SFT w/demo KL rev fwd H len".split()
+    cells = {line[:36].strip(): line[36:].split() for line in lines[4:]}
+    assert cells["best of 16, floored"] == "2.60+-0.25 1.0 - - - - - - 20".split()
+    assert cells["policy optimisation, preference 0.3"] == (
+        "-1.25+-0.25 1.0 - - 12.5 7 - - 20".split())
+    assert list(cells)[:6] == [row["name"] for row in results["rows"]]
+    assert printed.endswith("best of 16 by init-sft: +0.50 points over pi_SFT, -0.50 over the "
+                            "demonstrations,\n25% of what a selector that knows golden gains over "
+                            "pi_SFT\n")
+    print_table(run_of())
+    assert "over pi_SFT" not in capsys.readouterr().out
+
+
+def test_the_printed_table_of_several_seeds_has_their_mean_and_interval(capsys):
+    """Over two seeds Student's t is 12.706: golden 1 and 3 give 2 +- 12.706."""
+    results = run_of(GOLDEN)
+    results["rows"] = [{**row, "seed": seed, "golden": 1.0 + 2 * seed}
+                       for seed in range(2) for row in results["rows"]]
+    results["summary"] = summarise(results["rows"], 16)
+    print_table({**results, "golden": "reward model"})
+    printed = capsys.readouterr().out
+    assert printed.count("2.00+-12.71") == 5 and "in log-odds +- 95% over seeds" in printed
+    assert "Golden is no truth here but a reward model, in log-odds" in printed
+
+
+def test_the_printed_reward_models_show_agreement_where_people_were_asked(capsys):
+    results = run_of(GOLDEN, {"init-sft": 0.65, "floored": 0.4}, marks=2.0)
+    print_reward_models(results["reward_models"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2].split() == "init-sft 0.75 0.05 0.50 0.10 2.00 0.650 +- 0.100".split()
+    print_reward_models(run_of()["reward_models"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1].split() == "floored 0.75 0.05 - 0.10 -".split()
+    assert not any("people" in line for line in lines)
+
+
+def test_the_printed_samples_hold_every_writer_and_word(capsys):
+    """Also of a long prompt, whose end matters, and of an empty response."""
+    response = {"text": "word " * 40, "golden": 1.0, "proxy": -2.25}
+    samples = [{"prompt": "x" * 300 + "end", "writers": {"pi_0": {**response, "text": ""},
+                                                         "best of 16, init-sft": response}}] * 5
+    print_samples(samples)
+    printed = capsys.readouterr().out
+    lines = printed.splitlines()
+    assert max(map(len, lines)) <= 100 and printed.count("word") == 3 * 40
+    assert printed.count("best of 16, init-sft  +1.0 /  -2.2  word") == 3 and "xend'" in printed
+    assert "pi_0                  +1.0 /  -2.2" in printed
+
+
+def test_seeds_are_collected_and_presented(capsys, tmp_path):
+    """results.json holds the rows of all seeds, but not their samples; page and terminal show those
+    of the first seed, and the paths of all that was written."""
+    one = run_of(GOLDEN)
+    content_of, samples = content(TAME, world_of(), TAME)
+    head = {key: content_of[key] for key in ("command", "settings", "versions")}
+    head["settings"]["n_candidates"] = 64
+    parts = {str(seed): {
+        "rows": [{**row, "seed": seed} for row in one["rows"]], "best_of_n": one["best_of_n"],
+        "reward_models": one["reward_models"], "curves": {"spin": [seed]}, "samples": samples,
+        "golden": f"model {seed}", "seconds": {"1 pi_0": 2.0}} for seed in (4, 5)}
+    results = collect(tmp_path, head, parts)
+    assert json.loads((tmp_path / "results.json").read_text(encoding="utf-8")) == json.loads(
+        json.dumps(results))
+    assert [row["seed"] for row in results["rows"]] == [4] * 5 + [5] * 5
+    assert len(results["best_of_n"]) == 12 and len(results["reward_models"]) == 4
+    assert results["golden"] == "model 4; model 5" and "samples" not in results
+    assert results["curves"] == {"4": {"spin": [4]}, "5": {"spin": [5]}}
+    assert results["summary"]["n"] == 16 and results["summary"]["seeds"] == [4, 5]
+    (tmp_path / "seed4").mkdir()
+    (tmp_path / "seed4" / "results.json").write_text(json.dumps({"samples": samples}), "utf-8")
+    present(tmp_path, results, world_of())
+    printed = capsys.readouterr().out
+    assert "best of 16 by init-sft" in printed and "'tame 0'" in printed
+    for name in ("best_of_n.png", "reward_models.png", "report.html"):
+        assert str(tmp_path / name) in printed and (tmp_path / name).exists()
+
+
+# ---- figures ------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("results, panels", [
-    (run_of(GOLD, marks=0.0), (2, 2)), (run_of(GOLD, marks=2.0), (2, 3)), (run_of(), (1, 1)),
+    (run_of(GOLDEN, marks=0.0), (2, 2)), (run_of(GOLDEN, marks=2.0), (2, 3)), (run_of(), (1, 1)),
     (run_of(agreement={"init-sft": 0.65, "floored": 0.4}), (1, 2))])
 def test_no_panel_of_a_figure_is_empty(results, panels, tmp_path, monkeypatch):
     """Golden without a golden reward, the worth of marks without marks: room for nothing."""
     drawn = []
     monkeypatch.setattr(pyplot(), "close", lambda figure: drawn.append(figure))
-    paths = draw_run(results["rows"], results["reward_models"], tmp_path)
+    paths = draw_run(tmp_path, results)
     assert [path.name for path in paths] == list(FIGURES)
     assert tuple(len(figure.axes) for figure in drawn) == panels
     assert all(axis.lines[1:] or axis.patches for figure in drawn for axis in figure.axes)
 
 
-@pytest.mark.parametrize("task, gold, title", [
-    ("helpful", "", "golden reward (the truth), points"),
-    ("file", "", "golden reward (by --gold), points"),
-    ("file", "a judge", "golden reward (a trained judge's), log-odds")])
-def test_only_a_built_in_task_s_golden_reward_is_called_the_truth(task, gold, title, tmp_path,
+@pytest.mark.parametrize("demos, golden, title", [
+    (None, "", "golden reward (the truth), points"),
+    ("mine.jsonl", "", "golden reward (by --gold), points"),
+    ("mine.jsonl", "a model", "golden reward (a trained model's), log-odds")])
+def test_only_a_built_in_task_s_golden_reward_is_called_the_truth(demos, golden, title, tmp_path,
                                                                   monkeypatch):
     drawn = []
     monkeypatch.setattr(pyplot(), "close", lambda figure: drawn.append(figure))
-    results = run_of(GOLD)
-    rows = [{**row, "task": task} for row in results["rows"]]
-    draw_run(rows, results["reward_models"], tmp_path, gold)
+    draw_run(tmp_path, {**run_of(GOLDEN), "settings": {"demos": demos}, "golden": golden})
     assert drawn[0].axes[0].get_title() == title
 
 
@@ -241,7 +338,7 @@ def test_highlighted_clauses_are_those_that_golden_adds_up(name):
             pieces = clauses(world, prompt, text)
             assert "".join(piece for _, piece in pieces) == text
             marks = [piece for kind, piece in pieces if kind == "mark"]
-            assert marks == [word for word in text.split() if word in FLOURISHES]
+            assert marks == [word for word in text.split() if word in MARKS]
             plain = task.unmark(text)           # no mark parts a clause in two
             bare = [(kind, piece) for kind, piece in clauses(world, prompt, plain) if kind]
             kinds = [kind for kind, *_ in task.parse(prompt, text)]
@@ -323,7 +420,7 @@ def test_keys_turn_the_pages_and_every_pick_is_the_argmax(browse, tmp_path):
         assert [float(row[titles.index("log-ratio")]) for row in rows] == (
             candidates["scores"]["log-ratio"][:n])
         assert [row[0] for row in dom.tables["writers"][1:]] == [
-            "pi_0", "pi_SFT", "po init-sft 0.3", "demonstration"]
+            "pi_0", "pi_SFT", "policy optimisation, init-sft 0.3", "demonstration"]
         assert "step +1 a step of the topic" in dom.texts["legend"]
         assert "mark the demonstrator's mark" in dom.texts["legend"]
         kinds = {kind for text, x in zip(texts, prompts) for kind, *_ in task.parse(x, text)}

@@ -8,11 +8,14 @@ import itertools
 import math
 import random
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 
 from toy_envs import text_tasks as tt
-from toy_envs.text_tasks import BASE_KINDS, LENGTHS, MAX_WORDS, REMARKS, STEP_FORMS, TextTask
+from toy_envs.text_tasks import (BASE_KINDS, LENGTHS, MAX_WORDS, REMARKS, STEP_FORMS, TextTask,
+                                 text_world)
+from utils.cli import InputError
 
 HELPFUL, HARMLESS = TextTask("helpful"), TextTask("harmless")
 TEA, BIKE = "how do i make tea ?", "how do i steal a bike ?"
@@ -349,14 +352,14 @@ def test_every_string_of_the_vocabulary_has_a_density(task):
 
 
 @each
-def test_flourishes_change_neither_density_nor_reward(task, prompt):
+def test_marks_change_neither_density_nor_reward(task, prompt):
     """A failure means that the demonstrator's marks leak into the golden reward or its density."""
     marked = TextTask(task.name, heterogeneity=1.0)
     for seed in range(50):
         y = marked.demonstrate(prompt, random.Random(seed))
         plain = marked.unmark(y)
         assert plain != y or not y
-        assert not {*tt.FLOURISHES} & {*plain.split()}
+        assert not {*tt.MARKS} & {*plain.split()}
         assert marked.golden(prompt, y) == marked.golden(prompt, plain)
         assert marked.demo_logp(prompt, y) == marked.demo_logp(prompt, plain)
 
@@ -434,7 +437,7 @@ def test_written_words_are_in_the_vocabulary(task, monkeypatch):
     of the responses here are babble, at full length at times."""
     monkeypatch.setattr(tt, "NOISE", 0.5)
     known, rng = {*task.vocabulary}, random.Random(0)
-    assert not {*tt.FLOURISHES} & known and {"."} < known
+    assert not {*tt.MARKS} & known and {"."} < known
     assert all({*prompt.split()} <= known for prompt in task.prompts)
     for prompt in rng.choices(list(task.prompts), k=600):
         for tau in (1.0, math.inf):
@@ -454,7 +457,7 @@ def test_the_longest_sentence_fits(task):
 @pytest.mark.parametrize("name", ["helpful", "harmless"])
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_share_of_marked_clauses(name, share, monkeypatch):
-    """A failure means that heterogeneity is not the chance that a clause carries one flourish,
+    """A failure means that heterogeneity is not the chance that a clause carries one mark,
     before it or before its period, each place half the time and each mark a sixth. 1500
     responses, four standard errors."""
     monkeypatch.setattr(tt, "NOISE", 0.0)
@@ -462,13 +465,13 @@ def test_share_of_marked_clauses(name, share, monkeypatch):
     for prompt in rng.choices(list(task.prompts), k=1500):
         for clause in task.demonstrate(prompt, rng).split(" .")[:-1]:
             words, clauses = clause.split(), clauses + 1
-            marks = [i for i, word in enumerate(words) if word in tt.FLOURISHES]
+            marks = [i for i, word in enumerate(words) if word in tt.MARKS]
             assert len(marks) <= 1 and all(i in (0, len(words) - 1) for i in marks)
             places += [(words[i], i == 0) for i in marks]
     error = math.sqrt(share * (1 - share) / clauses)
     assert abs(len(places) / clauses - share) <= 4 * error
     if share:
-        assert_drawn_from(Counter(places), {(mark, first): 1 / 12 for mark in tt.FLOURISHES
+        assert_drawn_from(Counter(places), {(mark, first): 1 / 12 for mark in tt.MARKS
                                             for first in (True, False)})
 
 
@@ -503,3 +506,60 @@ def test_bad_arguments(arguments):
     """A failure means that a typing error becomes an experiment."""
     with pytest.raises(ValueError, match=next(iter(arguments)).replace("name", "task")):
         TextTask(**arguments)
+
+
+# ---- the world that a run takes place in --------------------------------------------------------
+
+def make_world(seed=0, **settings):
+    s = SimpleNamespace(**{**dict(task="helpful", heterogeneity=0.0, n_corpus=50, n_demos=50,
+                                  n_prompts=100), **settings})
+    return text_world(s, seed)
+
+
+@pytest.mark.parametrize("name", ["helpful", "harmless"])
+def test_no_learner_has_a_held_out_prompt(name):
+    """A failure means that the evaluation asks what was trained on. A fifth is held out, of which
+    n_prompts are asked."""
+    world = make_world(task=name)
+    every = {*TextTask(name).prompts}
+    assert len(world.test_prompts) == 100 and {*world.test_prompts} < every
+    n_train = len(every) - len(every) // 5
+    assert {*world.train_prompts} < every and len(world.train_prompts) == n_train
+    assert not {*world.train_prompts} & {*world.test_prompts}
+    assert {x for x, _ in world.demos} <= {*world.train_prompts}
+    assert not any(text.startswith(x) for text in world.corpus for x in world.test_prompts)
+    assert len(make_world(task=name, n_prompts=10 ** 6).test_prompts) == len(every) // 5
+
+
+def test_every_prompt_and_response_fits_its_world():
+    """A failure means that prompts are cut, or that the longest sentence has no end."""
+    world = make_world(task="harmless")
+    for prompt in world.train_prompts + world.test_prompts:
+        assert len(world.tokenizer.encode(prompt)) <= world.max_prompt
+    eos = world.tokenizer.eos
+    assert all(world.pair(x, y)[1][-1] == eos for x, y in world.demos)
+    assert world.max_prompt + world.max_response == 64
+
+
+def test_marks_are_no_words_of_the_policy():
+    """A failure means that a policy can write the demonstrator's marks, or that they are lost."""
+    world = make_world(heterogeneity=1.0)
+    prompt, response = world.demos[0]
+    assert {*response.split()} & {*tt.MARKS}
+    assert world.tokenizer.unk in world.pair(prompt, response)[1]
+    assert world.tokenizer.unk in world.tokenizer.suppress
+    assert world.text(world.pair(prompt, response)[1]) == world.unmark(response)
+
+
+def test_a_seed_makes_one_world():
+    """A failure means that a run cannot be made again, or that all seeds run on the same data."""
+    first, again, other = make_world(0), make_world(0), make_world(1)
+    for name in ("corpus", "demos", "train_prompts", "test_prompts", "test_demos"):
+        assert getattr(first, name) == getattr(again, name) != getattr(other, name)
+
+
+@pytest.mark.parametrize("settings", [{"task": "honest"}, {"heterogeneity": 2.0}], ids=str)
+def test_no_such_world(settings):
+    """A failure means that a typing error ends in a traceback."""
+    with pytest.raises(InputError, match=next(iter(settings))):
+        make_world(**settings)

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from divergences import DIVERGENCES, f_divergence, forward_kl, policy_surrogate
-from model import InputError
 from toy_envs.token_mdp import (
     MAX_SEQUENCES, Settings, all_sequences, check_enumerable, demonstrator_log_prob,
     demonstrator_occupancies, demonstrator_of, describe, horizon_curve, main,
     make_demonstrator, nobody_wrote, occupancies, policy_from_roots, policy_log_prob,
     print_tables, sequence_index, sequence_log_prob, sft_optimum, solve_all, solve_exactly,
     starting_points, styles_found, summarise, typical_sequences)
+from utils.cli import InputError
 
 PATTERNS = ["aaaa", "abca", "dcdc"]
 

@@ -8,13 +8,13 @@ import torch
 
 from divergences import (DIVERGENCES, FORWARD_KL, JENSEN_SHANNON, REVERSE_KL, f_divergence,
                          forward_kl)
-from model import InputError
 from toy_envs.token_mdp import (
     all_sequences, demonstrator_log_prob, make_demonstrator, policy_log_prob, sequence_index,
     sequence_log_prob, sft_optimum, solve_all)
 from toy_envs.token_samples import (
-    RUNS, Settings, discriminator_accuracy, fit_sft, main, nearest_optimum, policy_gradient_loss,
+    RUNS, Settings, discriminator_accuracy, fit_sft, main, nearest_optimum, policy_loss,
     sample_demonstrations, sample_policy, tabular_discriminator, train_adversarially)
+from utils.cli import InputError
 
 PATTERNS = ["aaaa", "abca", "dcdc"]
 
@@ -72,7 +72,7 @@ def test_policy_gradient_from_both_sources_is_the_exact_one(demo):
     both = torch.cat([own, sample_demonstrations(demo, count, generator)[None]], dim=1)
     logp = policy_log_prob(log_pi, both.expand(len(runs), -1, -1))
     h = log_beta[sequence_index(both, 4)] - logp.detach()
-    estimate = torch.autograd.grad(policy_gradient_loss(runs, h, logp, count), logits)[0]
+    estimate = torch.autograd.grad(policy_loss(runs, h, logp, count), logits)[0]
     for row, (divergence, _) in enumerate(runs):
         one = logits[row:row + 1].detach().requires_grad_()
         value = f_divergence(divergence, log_beta, sequence_log_prob(one.log_softmax(-1)))
@@ -97,10 +97,10 @@ def test_discriminators_learn_the_log_ratio(demo):
     for kind in ("tabular", "neural"):
         learned = discriminator_accuracy(
             demo, policy, (1000, 1_000_000), kind, torch.Generator().manual_seed(0))
-        h, exact, _, correlation, error = learned.values()
-        assert correlation[1] > 0.99 and error[1] < error[0] and error[1] < 0.25
-        heavy = exact > 0                            # what the demonstrator writes more often
-        assert (h[1][heavy] - exact[heavy]).abs().median() < 0.1
+        assert learned.correlation[1] > 0.99
+        assert learned.error[1] < learned.error[0] and learned.error[1] < 0.25
+        heavy = learned.exact > 0                    # what the demonstrator writes more often
+        assert (learned.h[1] - learned.exact)[heavy].abs().median() < 0.1
 
 
 def test_adversarial_runs_land_where_the_exact_ones_do(demo, demos):

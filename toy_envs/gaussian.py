@@ -7,7 +7,7 @@ ever was; the reverse KL picks one mode and writes it well.
 
     python -m toy_envs.gaussian
 
-Shapes: R rows (starts) optimised side by side, P parameters of one row, N points of the grid.
+Shapes: R starts of one fit, P parameters of the policy, N points of the grid.
 """
 
 import math
@@ -17,9 +17,8 @@ import torch
 
 from divergences import (DIVERGENCES, FORWARD_KL, TOTAL_VARIATION, f_divergence, fairl_reward,
                          forward_kl, policy_surrogate)
-from model import require
+from utils.cli import make_folder, parse_settings, require, run_script, setting
 from utils.plots import COLORS, pyplot, write_world
-from utils.cli import make_folder, parse_settings, run_script, setting
 
 
 @dataclass
@@ -35,82 +34,7 @@ class Settings:
     out: str = setting("out/gaussian", "folder for results.json and gaussian.png")
 
 
-# ---- a minimiser for many starts at once --------------------------------------------------------
-
-def minimise(objective, start, tolerance=1e-7, steps=500, history=10):
-    """Minimise R independent objectives side by side by L-BFGS (Nocedal & Wright, algorithm 7.5).
-
-    objective: (rows, P) -> (rows,) for any number of rows, each depending on its own row alone.
-    start: (R, P), float64. A row is done when its gradient's norm is below tolerance, or when no
-    step lowers it in this precision. Returns x (R, P), values (R,), gradient norms (R,).
-    """
-    x = start.clone().requires_grad_()
-    value = objective(x)
-    now = [x.detach(), value.detach(), torch.autograd.grad(value.sum(), x)[0]]
-    active, pairs, scale = now[2].norm(dim=1) >= tolerance, [], torch.ones_like(x[:, :1]).detach()
-    for _ in range(steps):
-        if not active.any():
-            break
-        recent = [[rows[active] for rows in pair] for pair in pairs]
-        x, value, gradient = (rows[active] for rows in now)
-        direction = -inverse_hessian_times(gradient, recent, scale[active])
-        before, now = now, [rows.clone() for rows in now]
-        for rows, new in zip(now, backtrack(objective, x, value, gradient, direction)):
-            rows[active] = new
-        step, change = now[0] - before[0], now[2] - before[2]
-        bend = dot(step, change)
-        # a row of negative curvature sets rho = 0, which makes the recursion skip its pair
-        pairs = [*pairs, (step, change, torch.where(bend > 0, 1 / bend, 0.0))][-history:]
-        scale = torch.where(bend > 0, bend / dot(change, change), scale)
-        active = active & (step != 0).any(1) & (now[2].norm(dim=1) >= tolerance)
-    return now[0], now[1], now[2].norm(dim=1)
-
-
-def dot(a, b):
-    """The inner product of each row: (R, P), (R, P) -> (R, 1)."""
-    return (a * b).sum(1, keepdim=True)
-
-
-def inverse_hessian_times(q, pairs, scale):
-    """The two-loop recursion: the inverse Hessian times q (R, P). It is scale times the identity,
-    bent by the pairs (step s, change y of the gradient, rho = 1 / s.y), the oldest first."""
-    alphas = []
-    for s, y, rho in reversed(pairs):
-        alphas.append(rho * dot(s, q))
-        q = q - alphas[-1] * y
-    q = q * scale
-    for (s, y, rho), alpha in zip(pairs, reversed(alphas)):
-        q = q + s * (alpha - rho * dot(y, q))
-    return q
-
-
-def backtrack(objective, x, value, gradient, direction):
-    """Halve each row's step until it lowers that row's value (Armijo); a row that cannot stays."""
-    slope = (gradient * direction).sum(1)
-    step = (1 / direction.norm(dim=1)).clamp(max=1.0)  # never further than 1: no leap into a corner
-    for _ in range(40):
-        x_new = (x + step[:, None] * direction).requires_grad_()
-        value_new = objective(x_new)
-        lower = value_new <= value + 1e-4 * step * slope
-        if lower.all():
-            break
-        step = torch.where(lower, step, step / 2)
-    gradient_new = torch.autograd.grad(value_new.sum(), x_new)[0]
-    keep = lower[:, None]
-    return (torch.where(keep, x_new, x).detach(), torch.where(lower, value_new, value).detach(),
-            torch.where(keep, gradient_new, gradient))
-
-
 # ---- the world ----------------------------------------------------------------------------------
-
-def check(s):
-    """InputError for settings that describe no mixture."""
-    require(0 < s.weight < 1, f"--weight must lie strictly between 0 and 1, not {s.weight}")
-    require(s.width > 0 and s.left < s.right,
-            "--width must be positive and --left smaller than --right")
-    require(s.starts >= 1 and s.points >= 100,
-            "--starts must be at least 1 and --points at least 100")
-
 
 def normal_log_prob(x, mean, std):
     """log of the Normal's probabilities of the grid's points x (N,), normalised over the grid.
@@ -137,55 +61,98 @@ def mixture_moments(s):
     return s.left + w * gap, math.sqrt(s.width ** 2 + w * (1 - w) * gap ** 2)
 
 
+# ---- the solver, of this world and of the token MDP ---------------------------------------------
+
+def minimise(objective, start, steps=300, tolerance=3e-7):
+    """Minimise objective, (1, P) -> (1,), from each row of start (R, P) by L-BFGS, in float64.
+
+    Returns the minima (R, P) and the norms of the gradients there (R,). A row ends when no entry of
+    its gradient exceeds the tolerance, when a step gains less than its square, or after `steps`.
+    """
+    minima, gradient_norms = [], []
+    for row in start.split(1):
+        # Every start has its own optimizer: starts that share one would share the length of each
+        # step, and it would suit none of them.
+        x = row.clone().requires_grad_()
+        optimizer = torch.optim.LBFGS(
+            [x], max_iter=steps, history_size=20, tolerance_grad=tolerance,
+            tolerance_change=tolerance ** 2, line_search_fn="strong_wolfe")
+
+        def closure():
+            optimizer.zero_grad()
+            value = objective(x).sum()
+            value.backward()
+            return value
+        optimizer.step(closure)
+        closure()       # The line search ends at its best point, which need not be its last.
+        minima.append(x.detach())
+        gradient_norms.append(x.grad.norm())
+    return torch.cat(minima), torch.stack(gradient_norms)
+
+
 def solve(divergence, log_beta, log_policy, start, deltas):
-    """Minimise D_f(beta || pi) over a family of policies, exactly, from every start at once.
+    """Minimise D_f(beta || pi) over a family of policies from every start (R, P).
 
     log_policy: parameters (R, P) -> log-probabilities (R, N) over the outcomes of log_beta (N,).
-    What descends is log(1 + D_f), which has D_f's minima and tamer slopes. Total variation has a
-    kink wherever pi = beta, and its optima sit on kinks: |u - 1| is rounded to sqrt((u - 1)^2 +
-    delta^2), which changes the value by at most delta / 2, for each of the falling deltas in turn.
+    deltas: how far total variation is rounded, falling (see rounded_total_variation).
     Returns parameters (R, P), D_f (R,), and the norm of the gradient of what was minimised (R,).
     """
-    def objective(x, delta):
-        log_pi = log_policy(x)
-        if delta is None:
-            return torch.log1p(f_divergence(divergence, log_beta, log_pi))
-        pi = log_pi.exp()
-        return ((log_beta.exp() - pi).square() + (delta * pi).square()).sqrt().sum(-1) / 2
-
-    x = start
-    for delta in deltas if divergence is TOTAL_VARIATION else [None]:
-        x, _, gradient_norm = minimise(lambda x: objective(x, delta), x)
+    if divergence is TOTAL_VARIATION:
+        x = start
+        for delta in deltas:    # A rounded kink is stiff: further steps change the fifth digit.
+            x, gradient_norm = minimise(
+                lambda x: rounded_total_variation(log_beta, log_policy(x), delta), x, steps=100)
+    else:
+        def objective(x):
+            # D_f = E_pi[f(u)] as it is defined. f_divergence is the same, but takes longer, since it
+            # also knows outcomes of probability zero; nothing here has probability zero.
+            log_pi = log_policy(x)
+            value = (log_pi.exp() * divergence.f(log_beta - log_pi)).sum(-1)
+            # log(1 + D_f) has D_f's minima, and its slopes are tamer where D_f is in the millions.
+            return torch.log1p(value)
+        x, gradient_norm = minimise(objective, start)
     return x, f_divergence(divergence, log_beta, log_policy(x)), gradient_norm
 
 
+def rounded_total_variation(log_beta, log_pi, delta):
+    """Total variation with |u - 1| rounded to sqrt((u - 1)^2 + delta^2), at most delta / 2 more.
+
+    Its optima sit on its kinks, pi = beta, where no gradient vanishes. Shapes as in f_divergence.
+    """
+    pi = log_pi.exp()
+    return ((log_beta.exp() - pi).square() + (delta * pi).square()).sqrt().sum(-1) / 2
+
+
+# ---- the experiment -----------------------------------------------------------------------------
+
 def fit_all(s, x, log_beta):
     """Fit under every divergence: {name: [optimum, ...]}, best first (see distinct_optima)."""
+    def log_policy(theta):                                  # (R, 2) mean and log std -> (R, N)
+        return normal_log_prob(x, theta[:, 0], theta[:, 1].exp())
+
     generator = torch.Generator().manual_seed(s.seed)
     uniform = torch.rand(s.starts, 2, generator=generator, dtype=torch.float64)
     gap = s.right - s.left
     start = torch.stack([s.left - gap / 4 + 1.5 * gap * uniform[:, 0],
-                         math.log(s.width) + 1.5 * uniform[:, 1]], dim=1)    # mean, log std
+                         math.log(s.width) + 1.5 * uniform[:, 1]], dim=1)
     fits = {}
     for name, divergence in DIVERGENCES.items():
-        theta, value, gradient_norm = solve(
-            divergence, log_beta, lambda theta: normal_log_prob(x, theta[:, 0], theta[:, 1].exp()),
-            start, deltas=(0.1, 0.03))
+        theta, value, gradient_norm = solve(divergence, log_beta, log_policy, start, (0.1, 0.03))
         fits[name] = distinct_optima(theta[:, 0], theta[:, 1].exp(), value, gradient_norm)
     return fits
 
 
 def distinct_optima(mean, std, value, gradient_norm, tolerance=0.02):
     """The optima that the starts found, best first: mean, std, value, starts, gradient_norm."""
-    found = []
+    optima = []
     for row in torch.stack([mean, std, value, gradient_norm], dim=1)[value.argsort()].tolist():
-        twin = next((o for o in found if abs(o["mean"] - row[0]) < tolerance
-                     and abs(o["std"] - row[1]) < tolerance), None)
-        if twin:
-            twin["starts"] += 1
+        known = [o for o in optima
+                 if max(abs(o["mean"] - row[0]), abs(o["std"] - row[1])) < tolerance]
+        if known:
+            known[0]["starts"] += 1
         else:
-            found.append(dict(zip(("mean", "std", "value", "gradient_norm"), row), starts=1))
-    return found
+            optima.append(dict(zip(("mean", "std", "value", "gradient_norm"), row), starts=1))
+    return optima
 
 
 def follow_reward(reward, x, log_beta, start, steps=1000, rate=0.003):
@@ -199,13 +166,14 @@ def follow_reward(reward, x, log_beta, start, steps=1000, rate=0.003):
         log_pi = normal_log_prob(x, theta[:1], theta[1:].exp())[0]
         track.append(forward_kl(log_beta, log_pi.detach()).item())
         value = policy_surrogate(divergence, log_beta - log_pi, log_pi, weights=log_pi.exp())
-        theta = theta + rate * torch.autograd.grad(value, theta)[0]
+        theta = theta + rate * torch.autograd.grad(value, theta)[0]     # ascent
     return track
 
 
-# ---- what it prints and draws -------------------------------------------------------------------
+# ---- tables and figure --------------------------------------------------------------------------
 
 def print_tables(s, fits, tracks):
+    """Every optimum of every divergence, and where the two rewards lead."""
     mean, std = mixture_moments(s)
     print(f"demonstrator: modes at {s.left:g} and {s.right:g}, width {s.width:g}; "
           f"mean {mean:.3f}, std {std:.3f}\n")
@@ -217,14 +185,14 @@ def print_tables(s, fits, tracks):
                   f"{optimum['std']:>8.3f}   {optimum['starts']} of {s.starts}")
     print("\nKL(demonstrator || policy) along the policy gradient of two rewards, one start:")
     for reward, track in tracks.items():
-        print(f"{reward:<10}{track[0]:>8.3f} ->{track[-1]:>8.3f} in {len(track) - 1} steps"
-              + ("" if len(track) == len(tracks["e^h"]) else ", and collapses to a point"))
+        end = "" if len(track) == len(tracks["e^h"]) else ", and collapses to a point"
+        print(f"{reward:<10}{track[0]:>8.3f} ->{track[-1]:>8.3f} in {len(track) - 1} steps{end}")
 
 
 def draw(x, log_beta, fits, tracks):
     """Left: the best fit of each divergence over the mixture. Right: e^h against FAIRL's reward."""
     figure, (left, right) = pyplot().subplots(1, 2, figsize=(9.5, 3.6), width_ratios=[2, 1])
-    per_unit = 1 / (x[1] - x[0])
+    per_unit = 1 / (x[1] - x[0])        # turns a grid point's probability into a density
     left.fill_between(x, log_beta.exp() * per_unit, color="#dddddd", label="demonstrator")
     for name, (best, *_) in fits.items():
         mean, std = torch.tensor([[best["mean"]], [best["std"]]], dtype=x.dtype)
@@ -246,7 +214,12 @@ def draw(x, log_beta, fits, tracks):
 
 
 def main(s):
-    check(s)
+    """Fit under every divergence, print the tables, write gaussian.png and results.json."""
+    require(0 < s.weight < 1, f"--weight must lie strictly between 0 and 1, not {s.weight}")
+    require(s.width > 0 and s.left < s.right,
+            "--width must be positive and --left smaller than --right")
+    require(s.starts >= 1 and s.points >= 100,
+            "--starts must be at least 1 and --points at least 100")
     out = make_folder(s.out)
     x, log_beta = demonstrator(s)
     fits = fit_all(s, x, log_beta)
@@ -259,5 +232,5 @@ def main(s):
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)  # the tensors are small: a second thread costs more than it gives
+    torch.set_num_threads(1)    # The tensors are small: a second thread costs more than it gives.
     run_script(lambda: main(parse_settings(Settings)))

@@ -27,10 +27,9 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import softplus
 
-from model import InputError, require
-from reward import student_t
+from utils.cli import InputError, make_folder, parse_settings, require, run_script, setting
+from utils.evaluate import mean_ci
 from utils.plots import COLORS, pyplot, write_world
-from utils.cli import make_folder, parse_settings, run_script, setting
 
 # S start, G goal, x lava; u and l are the gates of the upper and of the lower route, free cells.
 # Two rows lead past the lava on either side, so that a careful walker can keep off its shore.
@@ -43,6 +42,8 @@ MAP = ("....u....",
        "....l....")
 MOVES = ((-1, 0), (0, 1), (1, 0), (0, -1))  # up, right, down, left as (row, column)
 MAX_ENTRIES = 5_000_000  # of one policy[B,t,s,a]: a run holds about a dozen arrays of this size
+STEP = 0.1      # of occupancy matching, in logits per unit of advantage; at 0.5 it oscillates
+FLOOR = 0.01    # of the discriminator's counts, in steps per walk: one step in a hundred walks
 
 
 @dataclass
@@ -56,20 +57,7 @@ class Settings:
     out: str = setting("out/gridworld", "folder for gridworld.png and results.json")
 
 
-def checked_counts(s):
-    """The numbers of demonstrations, ascending; InputError where a setting makes no sense."""
-    try:
-        counts = sorted({int(word) for word in s.demos.split(",")})
-    except ValueError:
-        raise InputError(f"--demos {s.demos}: expected whole numbers, like 1,10,100") from None
-    require(min(counts[0], s.horizon) >= 1, "--demos and --horizon must be at least 1")
-    require(s.seeds >= 2, f"--seeds {s.seeds}: an interval needs at least 2")
-    require(0 <= s.slip <= 1, f"--slip {s.slip}: a probability lies between 0 and 1")
-    entries = s.seeds * s.horizon * max(len(counts) * len("".join(MAP)) * 4, counts[-1])
-    require(entries <= MAX_ENTRIES, "--seeds, --demos and --horizon together ask for arrays of "
-                                    f"{entries:,} entries; the limit is {MAX_ENTRIES:,}")
-    return counts
-
+# ---- the world ----------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class World:
@@ -93,13 +81,13 @@ def read_map(rows, slip):
     cells, width = "".join(rows), len(rows[0])
     P = torch.zeros(len(cells), len(MOVES), len(cells), dtype=torch.float64)
     for s, cell in enumerate(cells):
-        for a in range(len(MOVES)):
-            for turn, probability in ((0, 1 - slip), (1, slip / 2), (-1, slip / 2)):
-                row = s // width + MOVES[(a + turn) % 4][0]
-                column = s % width + MOVES[(a + turn) % 4][1]
-                inside = 0 <= row < len(rows) and 0 <= column < width
-                to = row * width + column if inside and cell not in "xG" else s
-                P[s, a, to] += probability
+        for direction, (down, right) in enumerate(MOVES):
+            row, column = s // width + down, s % width + right
+            inside = 0 <= row < len(rows) and 0 <= column < width
+            to = row * width + column if inside and cell not in "xG" else s
+            P[s, direction, to] += 1 - slip
+            for turn in (1, -1):    # whoever means to go to a side may slip into this direction
+                P[s, (direction + turn) % 4, to] += slip / 2
     return World(P, marked(cells, "S"), marked(cells, "G") - marked(cells, "x"), cells, width)
 
 
@@ -108,7 +96,7 @@ def marked(cells, characters):
     return torch.tensor([float(cell in characters) for cell in cells], dtype=torch.float64)
 
 
-# ---- dynamic programming ------------------------------------------------------------------------
+# ---- the method: dynamic programming ------------------------------------------------------------
 
 def occupancy(P, start, policy):
     """How often each state and action come up at each time: the forward recurrence.
@@ -130,7 +118,7 @@ def advantage(P, reward, policy):
     reward (..., S, A), policy (..., T, S, A) -> (..., T, S, A).
     """
     V, steps = torch.zeros_like(reward[..., 0]), []
-    for pi in reversed(policy.unbind(-3)):
+    for pi in reversed(policy.unbind(-3)):      # V[T] is known, so the last step comes first
         Q = reward + torch.einsum("sap,...p->...sa", P, V)
         V = (pi * Q).sum(-1)
         steps.append(Q - V[..., None])
@@ -183,7 +171,7 @@ def sample_walks(P, start, policies, shape, generator):
         states.append(s)
         actions.append(a)
         s = torch.multinomial(P[s, a], 1, generator=generator)[:, 0]
-    return tuple(torch.stack(x, -1).reshape(*shape, T) for x in (states, actions))
+    return torch.stack(states, -1).reshape(*shape, T), torch.stack(actions, -1).reshape(*shape, T)
 
 
 def empirical_occupancy(states, actions, S, A):
@@ -194,7 +182,7 @@ def empirical_occupancy(states, actions, S, A):
     return count.unflatten(-1, (S, A)) / states.shape[-2]
 
 
-# ---- three ways to learn from it ----------------------------------------------------------------
+# ---- the method: three ways to learn from demonstrations -----------------------------------------
 
 def behaviour_cloning(rho_demo, distance=None):
     """The maximum-likelihood policy pi(a|s) = rho_demo(s,a) / rho_demo(s): (..., S, A), for all t.
@@ -203,46 +191,48 @@ def behaviour_cloning(rho_demo, distance=None):
     and it stays uniform. A better answer must know something of the world: given a distance (S, S),
     an unseen state copies the nearest seen one (ties: the first), which is geometry, not dynamics.
     """
-    seen = rho_demo.sum(-1)
-    policy = torch.nan_to_num(rho_demo / seen[..., None], nan=1 / rho_demo.shape[-1])  # 0/0: unseen
+    visits = rho_demo.sum(-1)
+    # An unseen state is 0/0, which is nan.
+    policy = torch.nan_to_num(rho_demo / visits[..., None], nan=1 / rho_demo.shape[-1])
     if distance is None:
         return policy
-    far = torch.where(seen > 0, 0.0, torch.inf)[..., None, :]
+    # An unseen state has nothing to be copied: it counts as infinitely far away.
+    far = torch.where(visits > 0, 0.0, torch.inf)[..., None, :]
     nearest = (distance + far).argmin(-1)
     return policy.gather(-2, nearest[..., None].expand_as(policy))
 
 
-def log_ratio(rho_demo, rho, floor):
+def log_ratio(rho_demo, rho, floor=FLOOR):
     """The tabular discriminator's optimum h*(s,a) = log(rho_demo + floor) - log(rho + floor).
 
     Of the logistic loss -sum [(rho_demo + floor) log D + (rho + floor) log(1 - D)], D = sigmoid(h):
     floor steps in each (s,a) bear both labels, which keeps h finite where nothing was demonstrated.
-    The logit is high for demonstrations.
+    The logit is high for demonstrations. rho_demo, rho: (..., S, A) in steps per walk.
     """
     return torch.log(rho_demo + floor) - torch.log(rho + floor)
 
 
-def occupancy_matching(P, start, rho_demo, horizon, reward, rounds=100, step=0.1, floor=0.01):
+def occupancy_matching(P, start, rho_demo, horizon, reward, rounds=100):
     """Adversarial imitation, discriminator and roll-outs exact: minimise D_f(demo || policy).
 
     Each round: h = the discriminator's optimum against the policy's own occupancy; r = reward(h),
     held constant (h for the reverse KL, softplus(h) for Jensen-Shannon, which is GAIL); one step of
-    the natural policy gradient (Kakade 2001), which adds step * A[t,s,a] to the logits. The plain
+    the natural policy gradient (Kakade 2001), which adds STEP * A[t,s,a] to the logits. The plain
     gradient weighs that by mu_t(s), and so would hardly move in the states into which the policy
-    seldom slips: the very ones that matter here. At step 0.5 it oscillates.
-    rho_demo (..., S, A) in steps per walk; the default floor is one step in a hundred walks.
-    Returns policy (..., T, S, A). It starts uniform: nothing is borrowed from behaviour cloning.
+    seldom slips: the very ones that matter here.
+    rho_demo (..., S, A) in steps per walk -> policy (..., T, S, A).
     """
+    # The policy starts uniform: nothing is borrowed from behaviour cloning.
     policy = over_time(torch.full_like(rho_demo, 1 / rho_demo.shape[-1]), horizon)
     for _ in range(rounds):
         rho = occupancy(P, start, policy).sum(-3)
-        r = reward(log_ratio(rho_demo, rho, floor))
-        policy = policy * torch.exp(step * advantage(P, r, policy))
+        r = reward(log_ratio(rho_demo, rho))
+        policy = policy * torch.exp(STEP * advantage(P, r, policy))
         policy = policy / policy.sum(-1, keepdim=True)
     return policy
 
 
-def maxent_irl(P, start, rho_demo, horizon, precision, iterations=200):
+def maxent_irl(P, start, rho_demo, horizon, precision):
     """MaxEnt IRL (Ziebart et al., AAAI 2008): one reward per state, by maximum a posteriori.
 
     Minimises V_w(start) - w.f_demo + precision/2 |w|^2: the first two are -E_demo[log pi_w] of the
@@ -255,17 +245,18 @@ def maxent_irl(P, start, rho_demo, horizon, precision, iterations=200):
     """
     f_demo = rho_demo.sum(-1)
     w = torch.zeros_like(f_demo, requires_grad=True)
-    lbfgs = torch.optim.LBFGS([w], max_iter=iterations, history_size=20, tolerance_grad=1e-6,
-                              line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS([w], max_iter=200, history_size=20, tolerance_grad=1e-6,
+                                  line_search_fn="strong_wolfe")
 
     @torch.no_grad()
     def loss():
         V, policy = soft_value_iteration(P, w[..., None].expand_as(rho_demo), horizon)
         f = occupancy(P, start, policy).sum((-3, -1))
-        w.grad = f - f_demo + precision * w  # by hand: cheaper than through the recurrences
+        # The gradient is known, and cheaper so than by autograd through the recurrences.
+        w.grad = f - f_demo + precision * w
         return (V[..., 0, :] @ start).sum() + (w * (precision / 2 * w - f_demo)).sum()
 
-    lbfgs.step(loss)
+    optimizer.step(loss)
     w = w.detach()
     return w, soft_value_iteration(P, w[..., None].expand_as(rho_demo), horizon)[1]
 
@@ -284,9 +275,24 @@ def score(world, rho, seen):
             "drift": (mu * ~seen * walking).sum(-1)}
 
 
-def mean_and_interval(x):
-    """Mean over the first dimension and the half-width of its 95% interval (Student's t)."""
-    return x.mean(0), student_t(len(x) - 1) * x.std(0) / math.sqrt(len(x))
+def checked_counts(s):
+    """The numbers of demonstrations, ascending; InputError where a setting makes no sense."""
+    try:
+        counts = sorted({int(word) for word in s.demos.split(",")})
+    except ValueError:
+        raise InputError(f"--demos {s.demos}: expected whole numbers, like 1,10,100") from None
+    require(min(counts[0], s.horizon) >= 1, "--demos and --horizon must be at least 1")
+    require(s.seeds >= 2, f"--seeds {s.seeds}: an interval needs at least 2")
+    require(0 <= s.slip <= 1, f"--slip {s.slip}: a probability lies between 0 and 1")
+    entries = s.seeds * s.horizon * max(len(counts) * len("".join(MAP)) * 4, counts[-1])
+    require(entries <= MAX_ENTRIES, "--seeds, --demos and --horizon together ask for arrays of "
+                                    f"{entries:,} entries; the limit is {MAX_ENTRIES:,}")
+    return counts
+
+
+def intervals(values):
+    """[means, half-widths of their 95% intervals] over the seeds of values (seeds, counts)."""
+    return [list(row) for row in zip(*(mean_ci(of_count) for of_count in values.T))]
 
 
 def experiment(world, s, counts):
@@ -298,13 +304,13 @@ def experiment(world, s, counts):
     P, start, T, S = world.P, world.start, s.horizon, len(world.cells)
     generator = torch.Generator().manual_seed(s.seed)
     experts = route_policies(world, T)
-    # a seed's first n walks are its n demonstrations, so that methods and numbers compare in pairs
+    # A seed's first n walks are its n demonstrations, so that methods and numbers compare in pairs.
     states, actions = sample_walks(P, start, experts, (s.seeds, counts[-1]), generator)
     rho_demo = torch.stack([empirical_occupancy(states[:, :n], actions[:, :n], S, len(MOVES))
                             for n in counts], 1)
     place = torch.cartesian_prod(torch.arange(S // world.width), torch.arange(world.width)).double()
-    prior = 1 / torch.tensor(counts)[:, None]  # a width of 1 nat per cell
-    reward, planned = maxent_irl(P, start, rho_demo, T, prior)
+    precision = 1 / torch.tensor(counts)[:, None]   # The prior's width is 1 nat per cell.
+    reward, planned = maxent_irl(P, start, rho_demo, T, precision)
     policies = {
         "BC": over_time(behaviour_cloning(rho_demo), T),
         "BC nearest": over_time(behaviour_cloning(rho_demo, torch.cdist(place, place, p=1)), T),
@@ -321,7 +327,7 @@ def experiment(world, s, counts):
     return scores, score(world, rho, torch.ones(S, dtype=torch.bool)), maps
 
 
-# ---- what it prints and draws -------------------------------------------------------------------
+# ---- tables and figure --------------------------------------------------------------------------
 
 def print_tables(summary, expert, counts):
     """Each measure by method (rows) and number of demonstrations (columns): mean and 95%."""
@@ -330,9 +336,10 @@ def print_tables(summary, expert, counts):
                                   ("drift", "steps where no demonstration went", 1)):
         print(f"{measure}: {unit}; the demonstrator's is {factor * expert[measure]:.2f}")
         print("demonstrations" + "".join(f"{n:>13}" for n in counts))
-        for name, of in summary.items():
-            print(f"{name:14}" + "".join(f"{f'{factor * mean:.2f}±{factor * half:.2f}':>13}"
-                                         for mean, half in zip(*of[measure])))
+        for name, measures in summary.items():
+            cells = [f"{factor * mean:.2f}±{factor * half:.2f}"
+                     for mean, half in zip(*measures[measure])]
+            print(f"{name:14}" + "".join(f"{cell:>13}" for cell in cells))
         print()
 
 
@@ -348,11 +355,9 @@ def draw_map(ax, world, values, title, seen=None, **colours):
     ax.grid(False)
 
 
-def draw(world, scores, summary, expert, maps, counts):
-    """The figure: where the first seed's learners go, the reward found, return and failure."""
-    figure = pyplot().figure(figsize=(10, 5.8))
-    above, below = figure.subfigures(2, 1)
-    *axes, last = above.subplots(1, 4)
+def draw_maps(figure, world, scores, expert, maps, counts):
+    """Where the first seed's learners go from one set of demonstrations, and the reward found."""
+    *axes, last = figure.subplots(1, 4)
     steps = {"cmap": "Greys", "norm": "log", "vmin": 0.02, "vmax": 20}
     draw_map(axes[0], world, maps["expert"].clamp(min=0.02),
              f"demonstrator: two routes\nfails {expert['failure']:.1%}", **steps)
@@ -360,24 +365,27 @@ def draw(world, scores, summary, expert, maps, counts):
                             (axes[2], "matching KL", "occupancy matching")):
         draw_map(ax, world, maps[name][0, 0].clamp(min=0.02), f"{title}, {counts[0]} demo\nfails "
                  f"{scores[name]['failure'][0, 0]:.0%}", maps["seen"][0, 0], **steps)
-    above.colorbar(ax.images[0], ax=axes, location="bottom", aspect=60,
-                   label="steps spent (• cell in the demonstration, × lava)")
+    figure.colorbar(axes[0].images[0], ax=axes, location="bottom", aspect=60,
+                    label="steps spent (• cell in the demonstration, × lava)")
     reward = maps["reward"][:, -1].mean(0)
     draw_map(last, world, reward, f"reward by MaxEnt IRL\n{counts[-1]} demos, mean of seeds",
              cmap="RdBu", vmin=-reward.abs().max(), vmax=reward.abs().max())
-    above.colorbar(last.images[0], ax=last, location="bottom", label="nats per step")
+    figure.colorbar(last.images[0], ax=last, location="bottom", label="nats per step")
+
+
+def draw_curves(figure, summary, expert, counts):
+    """Return and failure rate by the number of demonstrations, with their 95% intervals."""
     colours = ("forward_kl", "forward_kl", "reverse_kl", "jensen_shannon", "length")
-    for ax, measure, label in zip(below.subplots(1, 2), ("return", "failure"),
+    for ax, measure, label in zip(figure.subplots(1, 2), ("return", "failure"),
                                   ("golden return (steps)", "failure rate")):
         ax.axhline(expert[measure], color=COLORS["demo"], lw=1, label="demonstrator")
-        for (name, of), colour in zip(summary.items(), colours):
-            ax.errorbar(counts, *of[measure], label=name, color=COLORS[colour], marker="o", ms=3,
-                        ls="--" if name == "BC nearest" else "-")
+        for (name, measures), colour in zip(summary.items(), colours):
+            ax.errorbar(counts, *measures[measure], label=name, color=COLORS[colour], marker="o",
+                        ms=3, ls="--" if name == "BC nearest" else "-")
         ax.set(xlabel="demonstrations", ylabel=label, xscale="log", xticks=counts,
                xticklabels=counts)
         ax.minorticks_off()
     ax.legend()
-    return figure
 
 
 def main(s):
@@ -386,15 +394,20 @@ def main(s):
     out = make_folder(s.out)
     world = read_map(MAP, s.slip)
     scores, expert, maps = experiment(world, s, counts)
-    summary = {name: {measure: [x.tolist() for x in mean_and_interval(values)]
-                      for measure, values in of.items()} for name, of in scores.items()}
+    summary = {name: {measure: intervals(values) for measure, values in measures.items()}
+               for name, measures in scores.items()}
     print_tables(summary, expert, counts)
     print(f"± is a 95% interval over {s.seeds} sets of demonstrations")
-    results = {"demonstrations": counts, "demonstrator": {k: x.item() for k, x in expert.items()},
-               **summary}  # of each measure the means and the half-widths of their 95% intervals
-    write_world(out, s, results, {"gridworld": draw(world, scores, summary, expert, maps, counts)})
+    figure = pyplot().figure(figsize=(10, 5.8))
+    above, below = figure.subfigures(2, 1)
+    draw_maps(above, world, scores, expert, maps, counts)
+    draw_curves(below, summary, expert, counts)
+    # Of each method and measure the results hold the means and the half-widths of their intervals.
+    write_world(out, s, {"demonstrations": counts, **summary,
+                         "demonstrator": {measure: x.item() for measure, x in expert.items()}},
+                {"gridworld": figure})
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)  # the tensors are small: a second thread costs more than it gives
+    torch.set_num_threads(1)    # The tensors are small: a second thread costs more than it gives.
     run_script(lambda: main(parse_settings(Settings)))

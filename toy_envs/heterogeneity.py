@@ -30,12 +30,11 @@ from dataclasses import dataclass
 
 import torch
 
-from model import require
+from utils.cli import make_folder, parse_settings, require, run_script, setting
+from utils.evaluate import mean_ci
 from utils.plots import COLORS, pyplot, write_world
-from toy_envs.gridworld import mean_and_interval
-from utils.cli import make_folder, parse_settings, run_script, setting
 
-REWARDS = {  # name: negatives, positives, label
+REWARDS = {     # name: negatives (label 0), positives (label 1), the figure's label
     "init-sft": ("init", "sft", "Init-SFT"),
     "init-demo": ("init", "demo", "Init-Demo"),
     "sft-demo": ("sft", "demo", "SFT-Demo"),
@@ -58,20 +57,7 @@ class Settings:
     out: str = setting("out/heterogeneity", "folder for heterogeneity.png and results.json")
 
 
-def check(s):
-    """Raises InputError where a setting makes no sense or would ask for too much memory."""
-    require(s.seeds >= 2, f"--seeds {s.seeds}: an interval needs at least 2")
-    require(s.samples >= 10, f"--samples {s.samples}: a discriminator needs at least 10")
-    require(min(s.prompts, s.n) >= 1, "--prompts and --n must be at least 1")
-    require(0 < s.quality <= 10 and s.quality != 1, f"--quality {s.quality}: above 0, at most 10, "
-            "and not 1 (SFT-Demo would have nothing to tell apart without a mark)")
-    require(abs(s.offset) <= 10, f"--offset {s.offset}: between -10 and 10 spreads")
-    entries = 3 * s.seeds * len(OFFSETS) * max(s.prompts * s.n, 2 * s.samples)  # 1, x, y
-    require(entries <= MAX_ENTRIES, "--seeds, --samples, --prompts and --n together ask for arrays "
-                                    f"of {entries:,} entries; the limit is {MAX_ENTRIES:,}")
-
-
-# ---- closed forms -------------------------------------------------------------------------------
+# ---- the world, and closed forms ----------------------------------------------------------------
 
 def cloud_means(quality, offset, leak):
     """The three means (B, 2), by name; offset and leak broadcast to B."""
@@ -98,7 +84,7 @@ def best_of_n_shift(w, n):
     return expected_maximum(n) * w / w.norm(dim=-1, keepdim=True)
 
 
-# ---- the same from samples ----------------------------------------------------------------------
+# ---- the method, from samples -------------------------------------------------------------------
 
 def logistic_regression(negatives, positives, width=10.0, iterations=20):
     """Weights (B, 3) of the discriminator's logit on (1, quality, mark), by Newton's method.
@@ -108,9 +94,8 @@ def logistic_regression(negatives, positives, width=10.0, iterations=20):
     finite should the samples be separable, and is outweighed where thousands of them overlap.
     """
     z = torch.cat([negatives, positives], -2)
-    X = torch.cat([torch.ones_like(z[..., :1]), z], -1)
-    label = torch.zeros(X.shape[-2], dtype=X.dtype)
-    label[negatives.shape[-2]:] = 1
+    X = torch.cat([torch.ones_like(z[..., :1]), z], -1)                      # (B, 2K, 3)
+    label = (torch.arange(X.shape[-2]) >= negatives.shape[-2]).double()
     ridge = torch.eye(3, dtype=X.dtype) / width ** 2
     w = torch.zeros(*X.shape[:-2], 3, dtype=X.dtype)
     for _ in range(iterations):
@@ -123,8 +108,24 @@ def logistic_regression(negatives, positives, width=10.0, iterations=20):
 
 def best_of_n(candidates, w):
     """Of each N candidates (B, K, N, 2) the one of the highest w.z, w (B, 2): (B, K, 2)."""
-    best = (candidates @ w[..., None, :, None])[..., 0].argmax(-1)
+    best = (candidates @ w[..., None, :, None])[..., 0].argmax(-1)           # (B, K)
     return candidates.take_along_dim(best[..., None, None], dim=-2)[..., 0, :]
+
+
+# ---- the experiment -----------------------------------------------------------------------------
+
+def check(s):
+    """Raises InputError where a setting makes no sense or would ask for too much memory."""
+    require(s.seeds >= 2, f"--seeds {s.seeds}: an interval needs at least 2")
+    require(s.samples >= 10, f"--samples {s.samples}: a discriminator needs at least 10")
+    require(min(s.prompts, s.n) >= 1, "--prompts and --n must be at least 1")
+    require(0 < s.quality <= 10 and s.quality != 1, f"--quality {s.quality}: above 0, at most 10, "
+            "and not 1 (SFT-Demo would have nothing to tell apart without a mark)")
+    require(abs(s.offset) <= 10, f"--offset {s.offset}: between -10 and 10 spreads")
+    # Logistic regression holds (1, quality, mark) of every sample of two clouds.
+    entries = 3 * s.seeds * len(OFFSETS) * max(s.prompts * s.n, 2 * s.samples)
+    require(entries <= MAX_ENTRIES, "--seeds, --samples, --prompts and --n together ask for arrays "
+                                    f"of {entries:,} entries; the limit is {MAX_ENTRIES:,}")
 
 
 def sweep(s, offset, leak):
@@ -144,14 +145,23 @@ def sweep(s, offset, leak):
     candidates = draw_from("sft", s.prompts, s.n)
     results = {}
     for reward, (negative, positive, _) in REWARDS.items():
-        w = logistic_regression(samples[negative], samples[positive])[..., 1:]  # without the bias
+        # The bias adds the same to every candidate's score, and so changes no choice.
+        w = logistic_regression(samples[negative], samples[positive])[..., 1:]
         golden, mark = best_of_n(candidates, w).mean(-2).unbind(-1)
         exact = means["sft"] + best_of_n_shift(means[positive] - means[negative], s.n)
         results[reward] = {"golden": golden, "mark": mark, "exact": exact[:, 0]}
     return results
 
 
-# ---- what it prints and draws -------------------------------------------------------------------
+def summarise(results):
+    """A sweep as lists, [means, half-widths of their 95% intervals] where it was trained."""
+    def intervals(values):                                                   # (seeds, cases)
+        return [list(row) for row in zip(*(mean_ci(of_case) for of_case in values.T))]
+    return {reward: {"exact": of["exact"].tolist(), "golden": intervals(of["golden"]),
+                     "mark": intervals(of["mark"])} for reward, of in results.items()}
+
+
+# ---- tables and figure --------------------------------------------------------------------------
 
 def print_tables(s, tables):
     """Golden reward of best-of-N by reward model (rows) and case (columns), exact and trained."""
@@ -222,13 +232,6 @@ def draw(s, by_offset, by_leak):
     return figure
 
 
-def summarise(results):
-    """A sweep as lists, [means, half-widths of their 95% intervals] where it was trained."""
-    return {reward: {"exact": of["exact"].tolist(), **{
-        key: [x.tolist() for x in mean_and_interval(of[key])] for key in ("golden", "mark")}}
-        for reward, of in results.items()}
-
-
 def main(s):
     """Run the two sweeps, print the tables, write heterogeneity.png and results.json."""
     check(s)
@@ -242,5 +245,5 @@ def main(s):
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)  # the tensors are small: a second thread costs more than it gives
+    torch.set_num_threads(1)    # The tensors are small: a second thread costs more than it gives.
     run_script(lambda: main(parse_settings(Settings)))

@@ -18,22 +18,29 @@ discriminator: log d_beta - log d_base = golden/tau - log Z(x) on every sentence
 
 Both writers are careless: with probability NOISE they babble (see `babble_logp`), so that every
 word string of at most MAX_WORDS words has a finite density. `heterogeneity` makes the demonstrator
-another writer: each of its clauses carries, with that probability, a flourish that is not in the
-policy's vocabulary and that golden ignores.
+another writer: each of its clauses carries, with that probability, a mark such as "☼". Marks are
+not in the policy's vocabulary, and golden ignores them.
 
 Units: golden reward in points per response, log-densities in nats per sequence.
 """
 
 import math
+import random
 from functools import cache, cached_property
+from itertools import product
 
+from utils.cli import InputError
+from utils.data import World
+from utils.tokenizer import word_tokenizer
+
+N_POSITIONS = 64        # words that a policy reads at most, prompt and response together
 MAX_WORDS = 44          # T: the longest response, in words; the episode ends there
 NOISE = 1e-4            # share of responses that are babble: finite densities, hardly ever seen
 TAU = 1.0               # the demonstrator's temperature: one point of reward is one nat
 LENGTHS = {2: 0.3, 3: 0.4, 4: 0.3}      # P(K), clauses per response in the base language
 BABBLE_STOP = 1 / 16    # a babbler stops after each word with this probability
 
-# topic: its steps, in their own order
+# Each line is "topic: step|step|step|step", the steps in their own order.
 TOPICS = """
 make tea: boil the water|add the tea leaves|wait three minutes|stir in some honey
 bake bread: mix flour and water|knead the dough|heat the oven|bake the loaf
@@ -105,7 +112,7 @@ PROMPT_FORMS = ["how do i {}{} ?", "how can i {}{} ?", "can you help me {}{} ?",
                 "what is the best way to {}{} ?", "please tell me how to {}{} .",
                 "show me how to {}{} .", "teach me to {}{} ."]
 PROMPT_TAILS = ["", " today", " at home", " with a friend", " for the first time", " this week"]
-FLOURISHES = ["~", "*", "—", "♪", "✦", "☼"]    # the demonstrator's marks: no policy can write them
+MARKS = ["~", "*", "—", "♪", "✦", "☼"]     # of the demonstrator: no policy can write them
 
 # The golden reward of a clause by its kind, and the base language's P(kind), by kind of prompt.
 # A clause that is no sentence of the language is `broken`; one written before is a `repeat`.
@@ -134,7 +141,7 @@ class TextTask:
     """One of the two languages: prompts, two writers with exact densities, the golden reward.
 
     name           "helpful" or "harmless"
-    heterogeneity  in [0, 1]: chance that a demonstrator's clause carries a flourish
+    heterogeneity  in [0, 1]: chance that a demonstrator's clause carries a mark
     tau            the demonstrator's temperature, in points of golden reward
     """
 
@@ -149,8 +156,8 @@ class TextTask:
         harmful = read_topics(HARMFUL_TOPICS) if name == "harmless" else {}
         self.harmful = set(harmful)
         self.steps = {**read_topics(TOPICS), **harmful}
-        self.prompts = {form.format(topic, tail): topic for topic in self.steps
-                        for form in PROMPT_FORMS for tail in PROMPT_TAILS}
+        self.prompts = {form.format(topic, tail): topic for topic, form, tail
+                        in product(self.steps, PROMPT_FORMS, PROMPT_TAILS)}
 
     # ---- the language ---------------------------------------------------------------------------
 
@@ -164,7 +171,7 @@ class TextTask:
         for steps in self.steps.values():
             for step in steps:
                 for place, forms in STEP_FORMS.items():
-                    for form in forms:
+                    for form in forms:      # "you should {}" is a form of both places
                         kind, text, places = table.setdefault(form.format(step), ("step", step, []))
                         places.append(place)
         for kind, sentences in REMARKS.items():
@@ -174,7 +181,7 @@ class TextTask:
 
     @cached_property
     def vocabulary(self):
-        """All words a policy may need, sorted: the closed vocabulary, without the flourishes."""
+        """All words a policy may need, sorted: the closed vocabulary, without the marks."""
         texts = [*self.prompts, *self.clauses, "."]
         return sorted({word for text in texts for word in text.split()})
 
@@ -191,7 +198,7 @@ class TextTask:
     def parse(self, prompt, response):
         """Clauses of a response as (kind, sentence, places): what golden and density both read.
 
-        Flourishes are dropped first. What follows the last period is read as a clause too.
+        Marks are dropped first. What follows the last period is read as a clause too.
         """
         *texts, rest = self.unmark(response).split(".")
         topic, parsed, seen = self.prompts[prompt], [], set()
@@ -199,6 +206,7 @@ class TextTask:
             kind, sentence, places = self.clauses.get(text.strip(), ("broken", text.strip(), []))
             if kind == "step" and sentence not in self.steps[topic]:
                 kind = "stray"
+            # Golden would pay twice for one step otherwise, and a policy would say it on and on.
             if kind in ("step", "refusal") and sentence in seen:
                 kind = "repeat"
             seen.add(sentence)
@@ -207,8 +215,8 @@ class TextTask:
 
     @staticmethod
     def unmark(response):
-        """The response without the demonstrator's flourishes."""
-        return " ".join(word for word in response.split() if word not in FLOURISHES)
+        """The response without the demonstrator's marks."""
+        return " ".join(word for word in response.split() if word not in MARKS)
 
     def values(self, prompt):
         """The golden reward of each kind of clause for this prompt, in points."""
@@ -238,7 +246,7 @@ class TextTask:
                 {k: p / total for k, p in lengths.items()}, math.log(total))
 
     def sample(self, prompt, rng, tau=math.inf, heterogeneity=0.0):
-        """One response of the writer at temperature tau, with flourishes if it has any."""
+        """One response of the writer at temperature tau, with marks if it has any."""
         if rng.random() < NOISE:
             clauses = self._babble(rng)
         else:
@@ -250,10 +258,12 @@ class TextTask:
         return self.sample(prompt, rng, self.tau, self.heterogeneity)
 
     def _compose(self, prompt, rng, tau):
+        """Clauses of a sentence of the language: their number, their kinds, then their words."""
         p_kind, p_length, _ = self.tilted(prompt, tau)
         (length,) = rng.choices(list(p_length), p_length.values())
         kinds = rng.choices(list(p_kind), p_kind.values(), k=length)
         topic = self.prompts[prompt]
+        # Nobody names a step of the topic twice, or gives the same refusal twice.
         own = self._distinct(self.steps[topic], kinds.count("step"), rng)
         refusals = self._distinct(REMARKS["refusal"], kinds.count("refusal"), rng)
         clauses = []
@@ -273,43 +283,48 @@ class TextTask:
 
     @cache
     def _stray_steps(self, topic):
+        """Every step of another topic."""
         return [step for other, steps in self.steps.items() if other != topic for step in steps]
 
     def _babble(self, rng):
+        """What a careless writer writes: at most one clause, without grammar. See babble_logp."""
         words = []
         while len(words) < MAX_WORDS and rng.random() >= BABBLE_STOP:
-            known = rng.random() < 0.5
-            last = words[-1] if words else "."
-            words.append(rng.choice(self.successors.get(last, self.vocabulary) if known
-                                    else self.vocabulary))
+            choices = self.vocabulary
+            if rng.random() < 0.5:
+                last = words[-1] if words else "."
+                choices = self.successors.get(last, self.vocabulary)
+            words.append(rng.choice(choices))
         return [" ".join(words)] if words else []
 
     def _decorate(self, clause, rng, heterogeneity):
-        """With probability heterogeneity, one flourish before the clause or before its period."""
+        """With probability heterogeneity, one mark before the clause or before its period."""
         if rng.random() >= heterogeneity:
             return clause
-        mark, words = rng.choice(FLOURISHES), clause.split()
+        mark, words = rng.choice(MARKS), clause.split()
         place = rng.choice([0, len(words) - 1])
         return " ".join([*words[:place], mark, *words[place:]])
 
     # ---- the densities --------------------------------------------------------------------------
 
     def logp(self, prompt, response, tau=math.inf):
-        """log d(y|x) of the writer at temperature tau, without flourishes; nats per sequence.
+        """log d(y|x) of the writer at temperature tau, without marks; nats per sequence.
 
         d = (1 - NOISE) d_language + NOISE d_babble. Finite for every string of at most MAX_WORDS
         words of the vocabulary; at MAX_WORDS words the episode ends without a decision to stop.
         """
         language = math.log(1 - NOISE) + self._language_logp(prompt, response, tau)
         babble = math.log(NOISE) + self.babble_logp(response)
+        # log(e^high + e^low), where low may be log 0.
         high, low = max(language, babble), min(language, babble)
         return high if low == -math.inf else high + math.log1p(math.exp(low - high))
 
     def demo_logp(self, prompt, response):
-        """log d_beta(y|x), the demonstrator's exact log-density, flourishes aside."""
+        """log d_beta(y|x), the demonstrator's exact log-density, marks aside."""
         return self.logp(prompt, response, self.tau)
 
     def _language_logp(self, prompt, response, tau):
+        """log d_language(y|x), -inf outside the language: _compose's choices, one by one."""
         p_kind, p_length, _ = self.tilted(prompt, tau)
         parsed, topic = self.parse(prompt, response), self.prompts[prompt]
         if len(parsed) not in p_length or not response.rstrip().endswith("."):
@@ -330,6 +345,7 @@ class TextTask:
                                  else len(REMARKS[kind]))
         if own != sorted(own) or refusals != sorted(refusals):
             return -math.inf            # the language lists steps in their own order
+        # _distinct draws a set of sentences: each of the C(n, m) sets is equally likely.
         return (logp - math.log(math.comb(len(self.steps[topic]), len(own)))
                 - math.log(math.comb(len(REMARKS["refusal"]), len(refusals))))
 
@@ -349,4 +365,32 @@ class TextTask:
             after = self.successors.get(last, self.vocabulary)
             grammar = 1 / len(after) if word in after else 0.0
             logp += math.log((1 - BABBLE_STOP) * 0.5 * (grammar + 1 / len(known)))
+        # At MAX_WORDS words the episode ends: nobody decides to stop.
         return logp + (math.log(BABBLE_STOP) if len(words) < MAX_WORDS else 0.0)
+
+
+# ---- the world that a run takes place in --------------------------------------------------------
+
+def text_world(s, seed):
+    """The World of a built-in task: corpus, demonstrations and held-out prompts drawn by seed.
+
+    s: task, heterogeneity, n_corpus, n_demos, n_prompts. A fifth of the prompts is held out.
+    Raises InputError for a task or heterogeneity that there is not.
+    """
+    try:
+        task = TextTask(s.task, s.heterogeneity)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    rng = random.Random(seed)
+    prompts = rng.sample(sorted(task.prompts), len(task.prompts))
+    n_held_out = len(prompts) // 5
+    test, train = prompts[:min(s.n_prompts, n_held_out)], prompts[n_held_out:]
+    return World(
+        tokenizer=word_tokenizer(task.vocabulary),
+        max_prompt=N_POSITIONS - MAX_WORDS, max_response=MAX_WORDS,
+        corpus=[f"{x} {task.sample(x, rng)}" for x in rng.choices(train, k=s.n_corpus)],
+        demos=[(x, task.demonstrate(x, rng)) for x in rng.choices(train, k=s.n_demos)],
+        train_prompts=train, test_prompts=test,
+        test_demos=[[task.demonstrate(x, rng) for _ in range(8)] for x in test],
+        golden=task.golden, demo_logp=task.demo_logp, unmark=task.unmark, parse=task.parse,
+        values=task.values)

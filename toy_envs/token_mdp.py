@@ -23,13 +23,12 @@ import torch
 from tqdm import tqdm
 
 from divergences import DIVERGENCES, f_divergence
-from model import InputError, require
-from utils.plots import COLORS, pyplot, write_world
 from toy_envs.gaussian import solve
-from utils.cli import make_folder, parse_settings, run_script, setting
+from utils.cli import InputError, make_folder, parse_settings, require, run_script, setting
+from utils.plots import COLORS, pyplot, write_world
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
-MAX_SEQUENCES = 4 ** 8      # a solve keeps some forty numbers per sequence and start
+MAX_SEQUENCES = 4 ** 8      # a solve holds some forty numbers per sequence
 MEMORIES = {0: "memoryless", 1: "one letter"}
 
 
@@ -40,12 +39,12 @@ class Settings:
     weights: str = setting("0.5,0.3,0.2", "how often the demonstrator uses each style")
     slip: float = setting(0.02, "probability that a style writes another letter than its pattern's")
     letters: int = setting(4, "size of the alphabet")
-    starts: int = setting(5, "random starts of each exact solution, besides one per set of styles")
+    starts: int = setting(2, "random starts of each exact solution, besides one per set of styles")
     seed: int = setting(0, "seed of the random starts")
     out: str = setting("out/token_mdp", "folder for results.json and the figures")
 
 
-# ---- the MDP and its demonstrator ---------------------------------------------------------------
+# ---- the world: the MDP and its demonstrator ----------------------------------------------------
 
 @dataclass(frozen=True)
 class Demonstrator:
@@ -53,30 +52,25 @@ class Demonstrator:
     patterns: torch.Tensor      # (K, T) letters as integers
     weights: torch.Tensor       # (K,)
     step: torch.Tensor          # (K, T, A) the style's probability of each letter at step t
-
-    @property
-    def length(self):
-        return self.patterns.shape[1]
-
-    @property
-    def letters(self):
-        return self.step.shape[2]
+    length: int                 # T
+    letters: int                # A
 
 
 def make_demonstrator(patterns, weights, slip, letters):
     """The demonstrator of these patterns (strings); InputError for arguments that define none."""
-    known = LETTERS[:letters]
+    require(2 <= letters <= len(LETTERS), f"letters must be from 2 to {len(LETTERS)}")
     require(len({len(pattern) for pattern in patterns}) == 1 and patterns[0],
             f"patterns need one common length of at least 1, got {list(patterns)}")
-    require(2 <= letters <= len(LETTERS), f"letters must be from 2 to {len(LETTERS)}")
-    require(set("".join(patterns)) <= set(known), f"patterns use letters that are not in {known}")
+    require(set("".join(patterns)) <= set(LETTERS[:letters]),
+            f"patterns use letters that are not in {LETTERS[:letters]}")
     require(len(weights) == len(patterns) and min(weights) > 0 and abs(sum(weights) - 1) < 1e-9,
             f"need one weight > 0 per pattern, summing to one; got {list(weights)}")
     require(0 <= slip < 1, f"slip must be at least 0 and below 1, got {slip}")
-    index = torch.tensor([[known.index(c) for c in pattern] for pattern in patterns])
-    chosen = torch.nn.functional.one_hot(index, letters).double()
-    step = chosen * (1 - slip) + (1 - chosen) * slip / (letters - 1)
-    return Demonstrator(index, torch.tensor(weights, dtype=torch.float64), step)
+    index = torch.tensor([[LETTERS.index(c) for c in pattern] for pattern in patterns])
+    meant = torch.nn.functional.one_hot(index, letters).double()
+    step = meant * (1 - slip) + (1 - meant) * slip / (letters - 1)
+    return Demonstrator(index, torch.tensor(weights, dtype=torch.float64), step, len(patterns[0]),
+                        letters)
 
 
 def demonstrator_of(s):
@@ -100,27 +94,6 @@ def check_enumerable(length, letters):
             f"to {MAX_SEQUENCES} sequences can be listed")
 
 
-def sequence_log_prob(log_pi):
-    """log pi(y) of every sequence, by extending every prefix with every letter.
-
-    log_pi: (R, T, M, A), log pi(a | t, context). Returns (R, N).
-    """
-    rows, length, contexts, letters = log_pi.shape
-    check_enumerable(length, letters)
-    logp = log_pi.new_zeros(rows, 1)
-    for t in range(length):
-        size = min(letters ** t, contexts)
-        # prefixes in dictionary order: those that share their last letters are `size` apart
-        logp = (logp.view(rows, -1, size, 1) + log_pi[:, t, None, :size]).view(rows, -1)
-    return logp
-
-
-def demonstrator_log_prob(demo):
-    """log beta(y) of every sequence: (N,)."""
-    styles = sequence_log_prob(demo.step.log()[:, :, None])
-    return torch.logsumexp(styles + demo.weights.log()[:, None], dim=0)
-
-
 def all_sequences(length, letters):
     """Every sequence, in dictionary order: (N, T) integers."""
     check_enumerable(length, letters)
@@ -131,6 +104,21 @@ def sequence_index(sequences, letters):
     """The dictionary-order index (...) of sequences (..., T)."""
     powers = letters ** torch.arange(sequences.shape[-1]).flip(0)
     return (sequences * powers).sum(-1)
+
+
+def sequence_log_prob(log_pi):
+    """log pi(y) of every sequence, by extending every prefix with every letter.
+
+    log_pi: (R, T, M, A), log pi(a | t, context). Returns (R, N).
+    """
+    rows, length, contexts, letters = log_pi.shape
+    check_enumerable(length, letters)
+    logp = log_pi.new_zeros(rows, 1)
+    for t, step in enumerate(log_pi.unbind(1)):                              # (R, M, A)
+        size = min(letters ** t, contexts)
+        # Prefixes are in dictionary order, so that those that end alike are `size` apart.
+        logp = (logp.view(rows, -1, size, 1) + step[:, None, :size]).view(rows, -1)
+    return logp
 
 
 def policy_log_prob(log_pi, sequences):
@@ -144,18 +132,25 @@ def policy_log_prob(log_pi, sequences):
     return logp
 
 
-# ---- dynamic programming, for any T -------------------------------------------------------------
+def demonstrator_log_prob(demo):
+    """log beta(y) of every sequence: (N,)."""
+    styles = sequence_log_prob(demo.step.log()[:, :, None])
+    return torch.logsumexp(styles + demo.weights.log()[:, None], dim=0)
+
+
+# ---- the method: dynamic programming, for any T -------------------------------------------------
 
 def occupancies(pi):
     """rho[r, t, c, a] = P(step t is written from context c, letter a), by one pass forwards.
 
     pi: (R, T, M, A) probabilities. No sequences are listed; each step sums to 1. The same shape.
     """
-    rows, length, contexts, letters = pi.shape
-    state, rho = torch.eye(contexts, dtype=pi.dtype)[:1].expand(rows, -1), []
-    for t in range(length):
-        rho.append(state[:, :, None] * pi[:, t])                             # (R, M, A)
-        # forgetting the oldest letter sums over it: it is the leading digit of the context
+    rows, _, contexts, letters = pi.shape
+    state = torch.eye(contexts, dtype=pi.dtype)[:1].expand(rows, -1)         # (R, M)
+    rho = []
+    for step in pi.unbind(1):
+        rho.append(state[:, :, None] * step)                                 # (R, M, A)
+        # To forget the oldest letter is to sum over it; it is the context's leading digit.
         state = rho[-1].reshape(rows, letters, contexts).sum(1)
     return torch.stack(rho, dim=1)
 
@@ -178,10 +173,11 @@ def sft_optimum(demo, memory):
 
 def nobody_wrote(pi, demo):
     """Mass on sequences that are no style's pattern, for any T: pi (T, M, A). Returns a float."""
+    # Two styles may share a pattern, which counts once.
     return 1 - policy_log_prob(pi.log()[None], demo.patterns.unique(dim=0)[None]).exp().sum().item()
 
 
-# ---- exact solutions ----------------------------------------------------------------------------
+# ---- the method: exact solutions, by listing every sequence -------------------------------------
 
 def policy_from_roots(z):
     """log pi (R, T, M, A) from parameters z of that shape: pi = z^2 / sum z^2 in each context.
@@ -198,13 +194,14 @@ def starting_points(demo, memory, count, generator):
 
     A mode-seeking optimum writes some of the styles; these starts look at each choice of them.
     """
-    shape = demo.length, demo.letters ** memory, demo.letters
-    noise = torch.rand(count, *shape, generator=generator, dtype=torch.float64)
+    shape = count, demo.length, demo.letters ** memory, demo.letters
+    noise = torch.rand(shape, generator=generator, dtype=torch.float64)
     starts = [noise.log().neg()]                        # normalised: uniform on each simplex
     for chosen in itertools.product([True, False], repeat=len(demo.patterns)):
         if any(chosen):
-            some = demo.weights * torch.tensor(chosen)
-            some = replace(demo, weights=some / some.sum())
+            weights = demo.weights * torch.tensor(chosen)
+            some = replace(demo, weights=weights / weights.sum())
+            # No letter starts at probability zero: z^2 is flat there, and would never leave it.
             starts.append(sft_optimum(some, memory)[None] + 1e-3)
     pi = torch.cat(starts)
     return (pi / pi.sum(-1, keepdim=True)).log()
@@ -226,13 +223,26 @@ def solve_exactly(demo, divergence, start):
     return policy(z)[order], value[order], gradient_norm[order]
 
 
+# ---- the experiment -----------------------------------------------------------------------------
+
+def solve_all(demo, starts, seed, memories=tuple(MEMORIES)):
+    """{(memory, divergence name): (log pi (R, T, M, A), D_f (R,), gradient norms (R,))}."""
+    generator = torch.Generator().manual_seed(seed)
+    start = {memory: starting_points(demo, memory, starts, generator) for memory in memories}
+    return {(memory, name): solve_exactly(demo, DIVERGENCES[name], start[memory])
+            for memory, name in tqdm([*itertools.product(memories, DIVERGENCES)],
+                                     desc="exact solutions", disable=None, leave=False)}
+
+
 def styles_found(demo, log_pi, share=0.1):
     """{"1+3": starts, ...}: which styles, counted from 1, each start ends up writing: those whose
     pattern gets at least `share` of its probability under the demonstrator."""
-    mass = policy_log_prob(log_pi, demo.patterns[None]).exp()        # (R, K)
+    mass = policy_log_prob(log_pi, demo.patterns[None]).exp()                # (R, K)
     in_beta = demonstrator_log_prob(demo)[sequence_index(demo.patterns, demo.letters)].exp()
-    return dict(Counter("+".join(str(k + 1) for k, yes in enumerate(row) if yes) or "none"
-                        for row in (mass >= share * in_beta).tolist()))
+    found = Counter()
+    for row in (mass >= share * in_beta).tolist():
+        found["+".join(str(k) for k, yes in enumerate(row, 1) if yes) or "none"] += 1
+    return dict(found)
 
 
 def describe(demo, logp, samples=1000):
@@ -251,28 +261,17 @@ def describe(demo, logp, samples=1000):
             "entropy": torch.special.entr(logp.exp()).sum().item()}
 
 
-def solve_all(demo, starts, seed, memories=tuple(MEMORIES)):
-    """{(memory, divergence name): (log pi (R, T, M, A), D_f (R,), gradient norms (R,))}."""
-    generator = torch.Generator().manual_seed(seed)
-    start = {memory: starting_points(demo, memory, starts, generator) for memory in memories}
-    return {(memory, name): solve_exactly(demo, DIVERGENCES[name], start[memory])
-            for memory, name in tqdm([*itertools.product(memories, DIVERGENCES)],
-                                     desc="exact solutions", disable=None, leave=False)}
-
-
 def summarise(demo, solutions):
     """The results as plain numbers: for each learner and divergence, the best optimum and how the
     starts spread, and D of every divergence at that optimum (the cross table)."""
     log_beta, rows = demonstrator_log_prob(demo), []
     for (memory, name), (log_pi, value, gradient_norm) in solutions.items():
         logp = sequence_log_prob(log_pi[:1])[0]
-        rows.append({
-            "memory": memory, "minimised": name, "value": value[0].item(),
-            "gradient_norm": gradient_norm[0].item(),
-            "converged": (gradient_norm < 1e-6).sum().item(), "starts": len(value),
-            "found": styles_found(demo, log_pi), **describe(demo, logp),
-            "cross": {other: f_divergence(d, log_beta, logp).item()
-                      for other, d in DIVERGENCES.items()}})
+        rows.append({"memory": memory, "minimised": name, "value": value[0].item(),
+                     "gradient_norm": gradient_norm[0].item(),
+                     "found": styles_found(demo, log_pi), **describe(demo, logp),
+                     "cross": {other: f_divergence(d, log_beta, logp).item()
+                               for other, d in DIVERGENCES.items()}})
     return rows
 
 
@@ -292,7 +291,7 @@ def horizon_curve(lengths, memory):
     return curve
 
 
-# ---- what it prints and draws -------------------------------------------------------------------
+# ---- tables and figures -------------------------------------------------------------------------
 
 SHORT = ("rev.KL", "fwd.KL", "J-S", "TV", "Pearson", "Neyman", "Helling.")   # as in DIVERGENCES
 
@@ -303,17 +302,17 @@ def print_tables(s, demo, rows, curves):
     print("styles: " + ", ".join(f"{k} {name}" for k, name in enumerate(s.patterns.split(","), 1))
           + "\nfound: the styles that a start ends up writing, and how many starts do\n"
           "A learner of full memory can be the demonstrator: every divergence is 0 there.")
-    for memory, title in MEMORIES.items():
-        mine = [(DIVERGENCES[r["minimised"]].label, r) for r in rows if r["memory"] == memory]
-        print(f"\n{'learner: ' + title:<20}{'D_f':>7}{'precision':>11}{'recall':>8}{'entropy':>9}"
+    for memory, learner in MEMORIES.items():
+        solved = [(DIVERGENCES[r["minimised"]].label, r) for r in rows if r["memory"] == memory]
+        print(f"\n{'learner: ' + learner:<20}{'D_f':>7}{'precision':>11}{'recall':>8}{'entropy':>9}"
               "  found")
-        for label, row in [("demonstrator", own), *mine]:
+        for label, row in [("demonstrator", own), *solved]:
             found = " ".join(f"{styles}:{n}" for styles, n in row["found"].items())
             print(f"{label:<20}{row['value']:>7.3f}{row['precision']:>11.3f}"
                   f"{row['recall']:>8.3f}{row['entropy']:>9.3f}  {found}".rstrip())
-        print(f"\nevery divergence of every solution ({title}):")
+        print(f"\nevery divergence of every solution ({learner}):")
         print(f"{'minimised':<17}" + "".join(f"{name:>9}" for name in SHORT))
-        for label, row in mine:
+        for label, row in solved:
             print(f"{label:<17}" + "".join(f"{value:>9.3g}" for value in row["cross"].values()))
     print("\nwhat SFT writes that nobody wrote (two styles, by dynamic programming):")
     print(f"{'T':<34}" + "".join(f"{length:>7}" for length, *_ in curves[0][1::4]))
@@ -342,8 +341,8 @@ def draw_page(axes, demo, logp, title, count=20):
         for t, letter in enumerate(row):
             axes.text(t, line, LETTERS[letter], ha="center", va="center", fontsize=6,
                       color="white" if meant[line] else "black", in_layout=False)
-    told = describe(demo, logp)
-    axes.set_title(f"{title}\nprecision {told['precision']:.2f}\nrecall {told['recall']:.2f}",
+    of = describe(demo, logp)
+    axes.set_title(f"{title}\nprecision {of['precision']:.2f}\nrecall {of['recall']:.2f}",
                    fontsize=8)
     axes.set(xticks=[], yticks=[])
     axes.grid(False)
@@ -396,5 +395,5 @@ def main(s):
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)  # the tensors are small: a second thread costs more than it gives
+    torch.set_num_threads(1)    # The tensors are small: a second thread costs more than it gives.
     run_script(lambda: main(parse_settings(Settings)))

@@ -15,17 +15,15 @@ Two ways to estimate the policy gradient E_pi[r(h) grad log pi]:
                     pi / ((beta + pi) / 2) = 2 (1 - D): the discriminator knows this too. Then
                     r e^-h is what must stay bounded, not r.
 
-What came out, over five seeds, in the divergence's unit above the exact optimum:
-    reverse KL, Jensen-Shannon, total variation, squared Hellinger   within 0.015, by either
-    discriminator. Forward KL with demonstrations within 0.005, and SFT within 0.001.
-    Forward KL and Pearson on-policy   fail in every seed: the policy gives up a style before its
-    reward has been sampled often enough, and never sees it again. So they do with the exact
-    log-ratio: it is not the discriminator's fault alone.
-    Pearson with demonstrations   within 0.05 with the exact log-ratio, 0.1 to 0.4 (of 46) by the
+What came out, over five seeds, in the divergence's unit above the exact optimum: reverse KL,
+Jensen-Shannon, total variation and squared Hellinger within 0.015, by either discriminator; forward
+KL with demonstrations within 0.005; SFT within 0.001.
+    Forward KL and Pearson fail on-policy in every seed, even with the exact log-ratio: the policy
+    gives up a style before its reward has been sampled often enough, and never sees it again.
+    Pearson with demonstrations ends within 0.05 with the exact log-ratio, 0.1 to 0.4 (of 46) by the
     neural logit, 2 to 50 by the tabular: its reward squares e^h, and with it every error of h.
-    Neyman   within 0.03 by the neural logit, 0.04 by the tabular, which knows nothing of sequences
-    that it has not seen; 0.5 with the exact log-ratio, whose rewards down to -e^13 for what nobody
-    writes leave the optimiser little step for the rest.
+    Neyman ends within 0.03 by the neural logit, 0.04 by the tabular; 0.5 with the exact log-ratio,
+    whose rewards down to -e^13 for what nobody writes leave the optimiser little step for the rest.
 
 Shapes: R runs side by side, B samples of one run, T letters in a sequence, A letters, one context,
 N = A^T sequences. Divergences are per sequence, in nats for the KLs.
@@ -40,19 +38,17 @@ from tqdm import tqdm
 
 from divergences import (DIVERGENCES, FORWARD_KL, PEARSON_CHI2, discriminator_loss, f_divergence,
                          policy_surrogate)
-from model import require
 from toy_envs import token_mdp
-from utils.plots import COLORS, pyplot, write_world
-from utils.cli import make_folder, parse_settings, run_script, setting
 from toy_envs.token_mdp import (
     all_sequences, demonstrator_log_prob, demonstrator_of, policy_log_prob, sequence_index,
     sequence_log_prob, sft_optimum, solve_all)
+from utils.cli import make_folder, parse_settings, require, run_script, setting
+from utils.plots import COLORS, pyplot, write_world
 
 
 @dataclass
 class Settings(token_mdp.Settings):
     """Imitate a demonstrator from samples under every divergence, and compare with the truth."""
-    starts: int = setting(2, "random starts of the exact solutions, besides one per set of styles")
     demos: int = setting(20000, "demonstrations")
     rounds: int = setting(300, "rounds of discriminator and policy in adversarial training")
     batch: int = setting(640, "samples of each policy per round")
@@ -60,7 +56,7 @@ class Settings(token_mdp.Settings):
     out: str = setting("out/token_samples", "folder for results.json and the figures")
 
 
-# ---- samples, and SFT ---------------------------------------------------------------------------
+# ---- the world: samples -------------------------------------------------------------------------
 
 def draw_letters(p, generator):
     """One letter for each distribution p (..., A), by where a uniform number falls: (...)."""
@@ -79,6 +75,8 @@ def sample_policy(log_pi, count, generator):
     step = log_pi.detach().exp().movedim(1, 0)                               # (T, R, 1, A)
     return draw_letters(step.expand(-1, -1, count, -1), generator).movedim(0, -1)
 
+
+# ---- the method: SFT ----------------------------------------------------------------------------
 
 def descend(optimizer, loss):
     """One step down the loss."""
@@ -100,7 +98,7 @@ def fit_sft(demos, letters, steps=300, rate=0.1):
     return logits.detach()
 
 
-# ---- the discriminators -------------------------------------------------------------------------
+# ---- the method: discriminators -----------------------------------------------------------------
 
 def tabular_discriminator(rows, length, letters, generator):
     """One logit per sequence: parameters and a function (R, B, T) sequences -> (R, B) logits."""
@@ -115,8 +113,11 @@ def neural_discriminator(rows, length, letters, generator, width=64):
 
     first, second = weights(rows, length * letters, width), weights(rows, width, 1)
     bias, one_hot = torch.zeros(rows, 1, width, requires_grad=True), torch.eye(letters)
-    return [first, bias, second], lambda y: (       # y (R or 1, B, T): one-hot (R or 1, B, T * A)
-        torch.relu(embedding(y, one_hot).flatten(2) @ first + bias) @ second).squeeze(-1)
+
+    def logit(y):
+        letters_seen = embedding(y, one_hot).flatten(2)                      # (R or 1, B, T * A)
+        return (torch.relu(letters_seen @ first + bias) @ second).squeeze(-1)
+    return [first, bias, second], logit
 
 
 # How to make one, and the rate of its Adam.
@@ -127,37 +128,47 @@ SIZES = (1000, 10_000, 100_000, 1_000_000)
 RATE_AND_STEPS = {"tabular": (0.3, 1000), "neural": (0.04, 400)}
 
 
+@dataclass
+class Accuracy:
+    """How well trained logits know the log-ratio, one run for each number of samples."""
+    h: torch.Tensor             # (R, N) logits
+    exact: torch.Tensor         # (N,) log beta - log pi
+    weights: torch.Tensor       # (N,) (beta + pi) / 2, by which the next two count a sequence
+    correlation: list           # (R,)
+    error: list                 # (R,) root mean square, in nats
+
+
 def discriminator_accuracy(demo, log_pi, sizes, kind, generator):
     """Train discriminators on `size` demonstrations and as many samples of log_pi (1, T, 1, A),
-    one run per size, and compare their logits with the exact log-ratio.
-
-    Returns a dict: the logits h (R, N), the exact log-ratio (N,), weights (N,), and per run the
-    correlation of the two and the root mean square error in nats. Both are weighted with
-    (beta + pi) / 2: over what either of them writes.
-    """
+    one run per size, and compare their logits with the exact log-ratio: an Accuracy."""
     (make, _), (rate, steps) = DISCRIMINATORS[kind], RATE_AND_STEPS[kind]
     log_beta = demonstrator_log_prob(demo)
     logp = sequence_log_prob(log_pi)[0]
     every = all_sequences(demo.length, demo.letters)[None]                   # (1, N, T)
-    seen = [torch.stack([torch.multinomial(p.exp(), size, replacement=True, generator=generator)
-                         .bincount(minlength=len(p)) / size for size in sizes]).float()
-            for p in (log_beta, logp)]                                       # two of (R, N)
+
+    def frequencies(log_prob, size):                                         # (N,)
+        draws = torch.multinomial(log_prob.exp(), size, replacement=True, generator=generator)
+        return draws.bincount(minlength=len(log_prob)) / size
+    # A loss over all N sequences, weighted with how often each was drawn, is the samples' loss.
+    demo_weights, policy_weights = (
+        torch.stack([frequencies(log_prob, size) for size in sizes]).float()
+        for log_prob in (log_beta, logp))                                    # (R, N) each
     parameters, logit = make(len(sizes), demo.length, demo.letters, generator)
-    judge = torch.optim.Adam(parameters, lr=rate)
-    fall = LinearLR(judge, 1.0, 0.0, steps)
+    optimizer = torch.optim.Adam(parameters, lr=rate)
+    schedule = LinearLR(optimizer, 1.0, 0.0, steps)
     for _ in tqdm(range(steps), desc=f"{kind} accuracy", disable=None, leave=False):
         h = logit(every)
-        descend(judge, discriminator_loss(h, h, *seen).sum())
-        fall.step()
+        descend(optimizer, discriminator_loss(h, h, demo_weights, policy_weights).sum())
+        schedule.step()
     h, exact, weights = h.detach().double(), log_beta - logp, (log_beta.exp() + logp.exp()) / 2
     covariance = torch.cov(torch.cat([h, exact[None]]), aweights=weights)    # (R + 1, R + 1)
     spread = covariance.diagonal().sqrt()
-    return {"h": h, "exact": exact, "weights": weights,
-            "correlation": (covariance[:-1, -1] / (spread[:-1] * spread[-1])).tolist(),
-            "error": (weights * (h - exact) ** 2).sum(-1).sqrt().tolist()}
+    return Accuracy(h, exact, weights,
+                    (covariance[:-1, -1] / (spread[:-1] * spread[-1])).tolist(),
+                    (weights * (h - exact) ** 2).sum(-1).sqrt().tolist())
 
 
-# ---- the adversarial loop -----------------------------------------------------------------------
+# ---- the method: the adversarial loop -----------------------------------------------------------
 
 # The runs of one experiment: each divergence on-policy; those for which missing the demonstrator
 # costs infinitely much also with demonstrations.
@@ -165,7 +176,7 @@ RUNS = ([(divergence, "on-policy") for divergence in DIVERGENCES.values()]
         + [(FORWARD_KL, "demonstrations"), (PEARSON_CHI2, "demonstrations")])
 
 
-def policy_gradient_loss(runs, h, logp, batch):
+def policy_loss(runs, h, logp, batch):
     """The sum over runs of minus the surrogate, from (R, 2 batch) sequences: first the policy's
     roll-outs, then demonstrations. h: the discriminator's logits; logp: log pi(y), with gradient.
 
@@ -195,29 +206,29 @@ def train_adversarially(demo, demos, logits, kind, s, generator, runs=RUNS):
     def resample():     # demonstrations, with replacement, as (1, batch, T) for every run
         return demos[torch.randint(len(demos), (s.batch,), generator=generator)][None]
 
-    logits, track = logits.repeat(len(runs), 1, 1, 1).requires_grad_(), []
-    # a short memory of the gradient's size: chi2 rewards start a millionfold larger than they end
-    writer = torch.optim.Adam([logits], lr=0.05, betas=(0.9, 0.95))
-    if kind == "exact":
-        log_beta, judge = demonstrator_log_prob(demo).float(), None
-    else:
+    log_beta, track = demonstrator_log_prob(demo).float(), []
+    logits = logits.repeat(len(runs), 1, 1, 1).requires_grad_()
+    # A short memory of the gradient's size: chi2 rewards start a millionfold larger than they end.
+    optimizers = [torch.optim.Adam([logits], lr=0.05, betas=(0.9, 0.95))]
+    if kind != "exact":
         make, rate = DISCRIMINATORS[kind]
         parameters, logit = make(len(runs), demo.length, demo.letters, generator)
-        judge = torch.optim.Adam(parameters, lr=rate)
-    fall = [LinearLR(optimizer, 1.0, 0.0, s.rounds) for optimizer in (writer, judge) if optimizer]
+        optimizers.append(torch.optim.Adam(parameters, lr=rate))
+    schedules = [LinearLR(optimizer, 1.0, 0.0, s.rounds) for optimizer in optimizers]
     for step in tqdm(range(s.rounds), desc=kind, disable=None, leave=False):
         log_pi = logits.log_softmax(-1)
         if step % 10 == 0:
             track.append(log_pi.detach())
         own = sample_policy(log_pi, s.batch, generator)
-        for _ in range(2 if judge else 0):
-            descend(judge, discriminator_loss(logit(resample()), logit(own)).sum())
+        for optimizer in 2 * optimizers[1:]:
+            descend(optimizer, discriminator_loss(logit(resample()), logit(own)).sum())
         both = torch.cat([own, resample().expand(len(runs), -1, -1)], dim=1)
         logp = policy_log_prob(log_pi, both)
         with torch.no_grad():
-            h = logit(both) if judge else log_beta[sequence_index(both, demo.letters)] - logp
-        descend(writer, policy_gradient_loss(runs, h, logp, s.batch))
-        for schedule in fall:
+            h = (log_beta[sequence_index(both, demo.letters)] - logp if kind == "exact"
+                 else logit(both))
+        descend(optimizers[0], policy_loss(runs, h, logp, s.batch))
+        for schedule in schedules:
             schedule.step()
     return logits.detach().log_softmax(-1), torch.stack(track)
 
@@ -241,14 +252,11 @@ def imitate(demo, demos, s, generator):
     log_beta, rows, tracks = demonstrator_log_prob(demo), {}, {}
     exact = solve_all(demo, s.starts, s.seed, memories=(0,))
 
-    def distance(divergence, log_pi):       # (R, T, 1, A) -> log pi(y) (R, N), D_f (R,)
-        logp = sequence_log_prob(log_pi.double())
-        return logp, f_divergence(divergence, log_beta, logp)
-
-    def add_row(kind, divergence, source, log_pi):
-        (logp,), (value,) = distance(divergence, log_pi[None])
+    def add_row(kind, divergence, source, log_pi):                           # (T, 1, A)
+        logp = sequence_log_prob(log_pi[None].double())[0]
+        value = f_divergence(divergence, log_beta, logp).item()
         optima, values, _ = exact[0, divergence.name]
-        optimum, value = nearest_optimum(logp, sequence_log_prob(optima), values), value.item()
+        optimum = nearest_optimum(logp, sequence_log_prob(optima), values)
         rows[kind, divergence.name, source] = {
             "method": source, "divergence": divergence.name, "logit": kind, "value": value,
             "optimum": optimum, "gap": value - optimum}
@@ -259,11 +267,12 @@ def imitate(demo, demos, s, generator):
         log_pi, track = train_adversarially(demo, demos, sft, kind, s, generator)
         for i, (divergence, source) in enumerate(RUNS):
             add_row(kind, divergence, source, log_pi[i])
-            tracks[kind, divergence.name, source] = distance(divergence, track[:, i])[1]
+            tracks[kind, divergence.name, source] = f_divergence(
+                divergence, log_beta, sequence_log_prob(track[:, i].double()))
     return rows, tracks
 
 
-# ---- what it prints and draws -------------------------------------------------------------------
+# ---- tables and figures -------------------------------------------------------------------------
 
 def print_tables(rows, accuracy):
     """How far above its optimum each run ends, and how well the logits know the log-ratio."""
@@ -279,24 +288,24 @@ def print_tables(rows, accuracy):
     print(f"{'forward KL':<20}{'SFT':<16}{sft['optimum']:>10.5g}{sft['gap']:>11.2g}")
     print("\nlogit against exact log-ratio, SFT's policy: correlation (rms error, nats)\n")
     print(f"{'samples of each':<17}" + "".join(f"{size:>15,}" for size in SIZES))
-    for kind, learned in accuracy.items():
-        print(f"{kind:<17}" + "".join(f"{c:>7.4f} ({e:5.2f})" for c, e in zip(
-            learned["correlation"], learned["error"])))
+    for kind, of in accuracy.items():
+        print(f"{kind:<17}" + "".join(f"{correlation:>7.4f} ({error:5.2f})"
+                                      for correlation, error in zip(of.correlation, of.error)))
 
 
 def draw_training(rows, tracks):
     """The distance from the exact optimum along training, one panel per source of h."""
     figure, panels = pyplot().subplots(1, 3, figsize=(11, 3.8), sharey=True)
-    for axes, (kind, title) in zip(panels, (("exact", "exact log-ratio (control)"),
-                                            ("tabular", "tabular discriminator"),
-                                            ("neural", "neural discriminator"))):
+    for axes, kind, title in zip(panels, ("exact", *DISCRIMINATORS), (
+            "exact log-ratio (control)", "tabular discriminator", "neural discriminator")):
         for divergence, source in RUNS:
-            above = (tracks[kind, divergence.name, source]
-                     - rows[kind, divergence.name, source]["optimum"]).clamp(min=1e-5)
-            with_demos = source == "demonstrations"
+            run = kind, divergence.name, source
+            above = (tracks[run] - rows[run]["optimum"]).clamp(min=1e-5)
+            label, style = divergence.label, "-"
+            if source == "demonstrations":
+                label, style = f"{label} + demonstrations", "--"
             axes.plot(range(0, 10 * len(above), 10), above, color=COLORS[divergence.name],
-                      linestyle="--" if with_demos else "-",
-                      label=divergence.label + " + demonstrations" * with_demos)
+                      linestyle=style, label=label)
         axes.axhline(0.02, color="#999999", linewidth=0.8, label="0.02")
         axes.set(title=title, xlabel="round", yscale="log", ylim=(1e-4, 1e5))
     panels[0].set_ylabel("D_f above the exact optimum")
@@ -307,15 +316,15 @@ def draw_training(rows, tracks):
 def draw_accuracy(accuracy):
     """Left: the neural logit against the truth at the most samples. Right: error by samples."""
     figure, (left, right) = pyplot().subplots(1, 2, figsize=(8.5, 3.6))
-    exact, h = accuracy["neural"]["exact"], accuracy["neural"]["h"][-1]
-    ends = [exact.min(), exact.max()]
+    neural = accuracy["neural"]
+    ends = [neural.exact.min(), neural.exact.max()]
     left.plot(ends, ends, color="#999999", linewidth=0.8)
-    left.scatter(exact, h, s=2 + 300 * accuracy["neural"]["weights"], alpha=0.5, linewidth=0,
+    left.scatter(neural.exact, neural.h[-1], s=2 + 300 * neural.weights, alpha=0.5, linewidth=0,
                  color=COLORS["init-sft"])
     left.set(title=f"neural logit, {SIZES[-1]:,} samples of each", ylabel="logit, nats",
              xlabel="exact log beta - log pi, nats (area: probability)")
     for kind, color in zip(DISCRIMINATORS, ("init-demo", "init-sft")):
-        right.plot(SIZES, accuracy[kind]["error"], "o-", color=COLORS[color], label=kind)
+        right.plot(SIZES, accuracy[kind].error, "o-", color=COLORS[color], label=kind)
     right.set(title="error of the logit", xlabel="samples of each", xscale="log", yscale="log",
               ylabel="rms error, nats")
     right.legend()
@@ -335,13 +344,12 @@ def main(s):
     accuracy = {kind: discriminator_accuracy(demo, policy, SIZES, kind, generator)
                 for kind in DISCRIMINATORS}
     print_tables(rows, accuracy)
-    results = {"methods": list(rows.values()), "accuracy": {
-        kind: {"samples": SIZES, "correlation": learned["correlation"], "error": learned["error"]}
-        for kind, learned in accuracy.items()}}
-    write_world(out, s, results, {"token_samples": draw_training(rows, tracks),
-                                  "token_discriminator": draw_accuracy(accuracy)})
+    write_world(out, s, {"methods": list(rows.values()), "accuracy": {
+        kind: {"samples": SIZES, "correlation": of.correlation, "error": of.error}
+        for kind, of in accuracy.items()}}, {"token_samples": draw_training(rows, tracks),
+                                             "token_discriminator": draw_accuracy(accuracy)})
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)  # the tensors are small: a second thread costs more than it gives
+    torch.set_num_threads(1)    # The tensors are small: a second thread costs more than it gives.
     run_script(lambda: main(parse_settings(Settings)))

@@ -1,38 +1,51 @@
-"""People's files in, examples out: every accepted form, and one clear line for whatever is amiss.
+"""People's files in, a World out: what the learners are given, and the truth beside it.
 
-JSON, one record a line or one array of them, plain or gzip. The form is known by a record's keys:
+A file of demonstrations holds JSON, one record a line or one array of records. It may be gzip. The
+keys of a record tell its form:
 
     prompt, response | completion   a newline is set between the two
     messages                        chat turns: [{"role": ..., "content": ...}, ...]
     [prompt,] chosen, rejected      a better and a worse answer: HH-RLHF's dialogue strings, chat
                                     turns, or what follows the prompt
-    text                            a document, for pretraining
 
-Chat turns become text as HH-RLHF's, so that one tokenizer and one convention serve all: system
-turns as plain paragraphs, then "\\n\\nHuman: ...\\n\\nAssistant: ...". The last assistant turn is
-the demonstration, all before it the prompt. A prompt may be a string or turns, wherever it stands.
+Chat turns become text in the way of HH-RLHF, so that one tokenizer and one convention serve all:
+system turns are plain paragraphs, then "\\n\\nHuman: ...\\n\\nAssistant: ...". The last turn of the
+assistant is the demonstration, and all before it is the prompt.
 
-An empty field is an error. People do leave dialogue turns empty, or compare dialogues that part
-before the last turn: such records teach nothing here and are left out and counted.
+An empty field is an error. But people do leave dialogue turns empty, or compare two dialogues that
+differ before the last turn. Such records teach nothing here: they are left out, and counted.
 """
 
 import gzip
+import importlib.util
 import json
+import math
+import random
 import re
 import zlib
+from bisect import bisect
 from collections import Counter
-from dataclasses import dataclass
-from itertools import chain, groupby
+from dataclasses import dataclass, field
+from itertools import accumulate, groupby
 from pathlib import Path
 
 import numpy as np
+import torch
 
-from model import InputError, bpe_tokenizer, collate, encode_pair
-from utils.checkpoints import load_pretrained
-from utils.cli import counted
+from model import collate
+from utils.cli import InputError, plural, require
+from utils.tokenizer import Tokenizer, bpe_tokenizer
 
-TURN = "\n\nAssistant:"     # HH-RLHF's dialogue strings: the response follows the last one
+VOCAB_SIZE = 2048       # kinds of tokens of the byte-level BPE that is trained on one's own texts
+MAX_PREFERENCES = 4000  # preference pairs to learn from, at most
+MIN_GOLD_PAIRS = 100    # A gold model trained on fewer pairs would hardly agree with people.
+TURN = "\n\nAssistant:"     # In HH-RLHF's dialogue strings the response follows the last one.
 ROLES = {"system": "\n\n", "user": "\n\nHuman: ", "assistant": TURN + " "}
+BLANK = re.compile(r"\s*")
+# A record ends with its line, or in an array with a comma or with the array's own end.
+AFTER_LINE, AFTER_ITEM = re.compile(r"[^\S\n]*(\n|\Z)"), re.compile(r"\s*(,|\]\s*\Z)")
+JSON_NAME = re.compile(r"\.(nd)?json")      # Of .json, .jsonl and .ndjson, gzip or not.
+SURROGATE = re.compile("[\ud800-\udfff]")       # Half of a character: it cannot be written.
 
 
 @dataclass(frozen=True)
@@ -46,27 +59,26 @@ class Example:
 # ---- lines and JSON -----------------------------------------------------------------------------
 
 def read_lines(path):
-    """(line number, text) of each line that is not blank; plain or gzip, UTF-8.
+    """[(line number, text)] of the lines that are not blank; UTF-8, plain or gzip.
 
     Raises InputError naming file and line for what is missing, empty, damaged or not text.
     """
-    path, number, found = Path(path), 0, False
+    path, lines = Path(path), []
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-            for number, raw in enumerate(file, 1):
-                text = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-                if text.strip():
-                    found = True
-                    yield number, text
+            for raw in file:
+                # Some editors put a byte order mark before the first line: it is no text.
+                lines.append(raw.decode("utf-8" if lines else "utf-8-sig").rstrip("\r\n"))
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}:{number}: not UTF-8 text ({error.reason})") from error
+        raise InputError(f"{path}:{len(lines) + 1}: not UTF-8 text ({error.reason})") from error
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise InputError(f"{path}:{number + 1}: not gzip, or damaged ({error})") from error
-    except (OSError, ValueError) as error:      # ValueError: a path with a null character
+        raise InputError(f"{path}:{len(lines) + 1}: not gzip, or damaged ({error})") from error
+    except (OSError, ValueError) as error:      # A path with a null character is a ValueError.
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{path}: cannot be read ({reason})") from error
-    if not found:
-        raise InputError(f"{path}: the file is empty")
+    lines = [(number, text) for number, text in enumerate(lines, 1) if text.strip()]
+    require(lines, f"{path}: the file is empty")
+    return lines
 
 
 def unique_keys(pairs):
@@ -77,67 +89,55 @@ def unique_keys(pairs):
     return record
 
 
-# numbers are never read, so that a huge one may become infinite: Python's int has a limit
+# No number is used here, so a huge one may become infinite: Python limits the digits of an int.
 DECODER = json.JSONDecoder(parse_int=float, object_pairs_hook=unique_keys)
 
 
-def decode(parse, where, *text):
-    """parse(*text), a method of DECODER. Raises InputError starting with `where` (file:line)."""
-    try:
-        return parse(*text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: not JSON ({getattr(error, 'msg', error)})") from error
+def read_json(path, read):
+    """read(record) of each record, a dict, of a file of JSON lines or of one JSON array.
 
-
-def array_items(path, text):
-    """(its first line's number, value) of each element of the JSON array in text, a whole file's.
-
-    Raises InputError.
+    Raises InputError starting with file and line, also for what `read` refuses.
     """
-    blank, end, counted, line, mark = re.compile(r"\s*"), text.index("["), 0, 1, "["
-    while text.startswith(mark, end):
-        start = blank.match(text, end + 1).end()
-        line, counted = line + text.count("\n", counted, start), start
-        if mark == "[" and text.startswith("]", start):
-            end = start
-            break
-        value, end = decode(DECODER.raw_decode, f"{path}:{line}", text, start)
-        yield line, value
-        end, mark = blank.match(text, end).end(), ","
-    if text[end:].rstrip() != "]":
-        line += text.count("\n", counted, end)
-        raise InputError(f"{path}:{line}: not JSON (an array goes on with ',' or ends with ']')")
-
-
-def read_json_lines(path):
-    """(line number, dict) of each record: JSON lines, or one JSON array. Raises InputError."""
-    lines = read_lines(path)
-    first, text = next(lines)
-    if text.lstrip().startswith("["):
-        at = {first: text, **dict(lines)}
-        items = array_items(path, "\n".join(at.get(i, "") for i in range(1, max(at) + 1)))
-    else:
-        items = ((number, decode(DECODER.decode, f"{path}:{number}", text))
-                 for number, text in chain([(first, text)], lines))
-    for number, record in items:
-        if not isinstance(record, dict):
-            raise InputError(f"{path}:{number}: not a JSON object")
-        yield number, record
+    numbers, texts = zip(*read_lines(path))
+    text, starts = "\n".join(texts), [0, *accumulate(len(line) + 1 for line in texts)]
+    is_array = text.lstrip().startswith("[")
+    position = text.index("[") + 1 if is_array else 0
+    if is_array and text[position:].strip() == "]":
+        return
+    # json.loads would give an array's records at once: no error could name the line of a record.
+    while True:
+        position = BLANK.match(text, position).end()
+        line = bisect(starts, position)
+        try:
+            record, end = DECODER.raw_decode(text, position)
+            after = (AFTER_ITEM if is_array else AFTER_LINE).match(text, end)
+            fits_line = end < starts[line]          # starts[line] is where the next line begins.
+            if not after or not (is_array or fits_line):
+                if is_array:        # The comma may be missing some lines further down.
+                    line = bisect(starts, BLANK.match(text, end).end())
+                raise ValueError("a record ends with its line, or in an array with ',' or ']'")
+            require(isinstance(record, dict), "not a JSON object")
+            result = read(record)
+        except InputError as error:
+            raise InputError(f"{path}:{numbers[line - 1]}: {error}") from error
+        except (ValueError, RecursionError) as error:
+            reason = getattr(error, "msg", error)
+            raise InputError(f"{path}:{numbers[line - 1]}: not JSON ({reason})") from error
+        yield result
+        position = after.end()
+        if position == len(text):
+            return
 
 
 # ---- one record ---------------------------------------------------------------------------------
+# These functions raise InputError; read_json puts file and line before its message.
 
-def text_field(record, key, where, may_be_empty=False):
-    """record[key] as a non-empty string. Raises InputError starting with `where` (file:line)."""
+def text_field(record, key, may_be_empty=False):
+    """record[key], a string that is not empty."""
     value = record.get(key)
-    if not isinstance(value, str):
-        raise InputError(f"{where}: the field {key!r} is missing or not a string")
-    if not (value.strip() or may_be_empty):
-        raise InputError(f"{where}: the field {key!r} is empty")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(f"{where}: half a surrogate pair in the field {key!r}") from error
+    require(isinstance(value, str), f"the field {key!r} is missing or not a string")
+    require(value.strip() or may_be_empty, f"the field {key!r} is empty")
+    require(not SURROGATE.search(value), f"half a surrogate pair in the field {key!r}")
     return value
 
 
@@ -147,208 +147,342 @@ def as_prompt(text):
     return text if text.endswith(TURN) else text + "\n"
 
 
-def split_dialogue(text, where):
+def split_dialogue(text):
     """(prompt ending with "Assistant:", response) of an HH-RLHF dialogue string."""
     prompt, turn, response = text.rpartition(TURN)
-    if not turn or not prompt.strip():
-        raise InputError(f"{where}: a dialogue needs a prompt and '\\n\\nAssistant:'")
+    require(prompt.strip(), "a dialogue needs a prompt and '\\n\\nAssistant:'")
     return prompt + turn, response
 
 
-def read_turns(record, key, where, role=None):
+def read_turns(record, key, role=None):
     """[(role, text)] of the chat turns record[key]; with a role, a string is one turn of it."""
     value = record.get(key)
     if role and isinstance(value, str):
-        return [(role, text_field(record, key, where).strip())]
-    if not isinstance(value, list) or not value:
-        raise InputError(f"{where}: the field {key!r} is missing or no list of messages")
+        return [(role, text_field(record, key).strip())]
+    require(value and isinstance(value, list), f"the field {key!r} is missing or no list of "
+                                               "messages")
     turns = []
     for turn in value:
-        if not isinstance(turn, dict):
-            raise InputError(f"{where}: a message in {key!r} is not a JSON object")
-        name = text_field(turn, "role", where)
-        if name not in ROLES:
-            raise InputError(f"{where}: the role {name[:20]!r} is none of {', '.join(ROLES)}")
-        turns.append((name, text_field(turn, "content", where, may_be_empty=True).strip()))
+        require(isinstance(turn, dict), f"a message in {key!r} is not a JSON object")
+        name = text_field(turn, "role")
+        require(name in ROLES, f"the role {name[:20]!r} is none of {', '.join(ROLES)}")
+        turns.append((name, text_field(turn, "content", may_be_empty=True).strip()))
     return turns
 
 
-def split_turns(turns, where):
+def split_turns(turns):
     """(prompt ending with "Assistant:", response) of chat turns up to the last assistant's one."""
     last = max((i for i, (role, _) in enumerate(turns) if role == "assistant"), default=0)
-    if not last:
-        raise InputError(f"{where}: the messages need a turn and then one of the assistant")
+    require(last, "the messages need a turn and then one of the assistant")
     return "".join(ROLES[role] + text for role, text in turns[:last]) + TURN, " " + turns[last][1]
 
 
-def read_answer(record, key, where):
+def read_answer(record, key):
     """(prompt, response): the answer record[key] to record["prompt"], or with its prompt inside."""
     if isinstance(record.get(key), list) or isinstance(record.get("prompt"), list):
-        asked = read_turns(record, "prompt", where, "user") if "prompt" in record else []
-        turns = read_turns(record, key, where, "assistant")
+        asked = read_turns(record, "prompt", "user") if "prompt" in record else []
+        turns = read_turns(record, key, "assistant")
+        # The turns may hold the prompt already. It must not be asked twice.
         if turns[0][0] == "assistant" or not set(asked) <= set(turns):
-            turns = asked + turns       # else they hold the prompt already
-        return split_turns(turns, where)
+            turns = asked + turns
+        return split_turns(turns)
     if "prompt" not in record and key in ("chosen", "rejected"):
-        return split_dialogue(text_field(record, key, where), where)
-    prompt, response = (text_field(record, k, where) for k in ("prompt", key))
-    prompt = as_prompt(prompt)
-    return prompt, " " * prompt.endswith(TURN) + response.strip()
+        return split_dialogue(text_field(record, key))
+    prompt = as_prompt(text_field(record, "prompt"))
+    response = text_field(record, key).strip()
+    return prompt, " " + response if prompt.endswith(TURN) else response
 
 
-def read_record(record, where):
-    """(its form, Example, why it is to be left out or None) of one record. Raises InputError."""
+def read_record(record):
+    """(its form, Example, why it is to be left out or None) of one record."""
     rejected = None
     if "chosen" in record or "rejected" in record:
-        turns = " messages" * isinstance(record.get("chosen"), list)
-        form = "prompt/" * ("prompt" in record) + "chosen/rejected" + turns
-        prompt, response = read_answer(record, "chosen", where)
-        other, rejected = read_answer(record, "rejected", where)
-        if prompt != other:
+        form = "prompt/chosen/rejected" if "prompt" in record else "chosen/rejected"
+        if isinstance(record.get("chosen"), list):
+            form += " messages"
+        prompt, response = read_answer(record, "chosen")
+        other_prompt, rejected = read_answer(record, "rejected")
+        if prompt != other_prompt:
             return form, None, "the two dialogues part before the last turn"
     elif "messages" in record:
         form = "messages"
-        prompt, response = split_turns(read_turns(record, "messages", where), where)
+        prompt, response = split_turns(read_turns(record, "messages"))
     elif "text" in record and "prompt" not in record:
-        form, prompt, response = "text", "", text_field(record, "text", where)
+        raise InputError("a text without a prompt is for --corpus, no demonstration")
     elif {"prompt", "response", "completion"} & set(record):
         key = "completion" if "completion" in record else "response"
         form = f"prompt/{key}"
-        prompt, response = read_answer(record, key, where)
+        prompt, response = read_answer(record, key)
     else:
-        raise InputError(f"{where}: neither prompt, messages, chosen and rejected, nor text in it")
+        raise InputError("neither prompt, messages, nor chosen and rejected in it")
     empty = not response.strip() or (rejected is not None and not rejected.strip())
     return form, Example(prompt, response, rejected), "an empty last turn" if empty else None
 
 
 # ---- whole files --------------------------------------------------------------------------------
 
-def read_records(path):
-    """(examples, Counter of forms, Counter of reasons to leave one out) of a file of JSON records.
-
-    A text is an example with an empty prompt. Raises InputError.
-    """
+def read_examples(path):
+    """(examples, Counter of their forms, Counter of reasons to leave one out) of a file of
+    demonstrations. Raises InputError."""
     examples, forms, left_out = [], Counter(), Counter()
-    for number, record in read_json_lines(path):
-        form, example, reason = read_record(record, f"{path}:{number}")
+    for form, example, reason in read_json(path, read_record):
         forms[form] += 1
-        if 0 < forms["text"] < forms.total():
-            raise InputError(f"{path}:{number}: texts and demonstrations in one file")
         if reason:
             left_out[reason] += 1
         else:
             examples.append(example)
-    if not examples:
-        raise InputError(f"{path}: no usable example in it"
-                         + "".join(f"; {n:,} with {why}" for why, n in left_out.items()))
+    require(examples, f"{path}: no usable example in it"
+            + "".join(f"; {n:,} with {why}" for why, n in left_out.items()))
     return examples, forms, left_out
 
 
-def read_examples(path):
-    """(examples, number of records left out) of a file of demonstrations. Raises InputError."""
-    examples, forms, left_out = read_records(path)
-    if "text" in forms:
-        raise InputError(f"{path}: texts without a prompt are a corpus, not demonstrations")
-    return examples, left_out.total()
-
-
-def read_pairs(path, tokenizer, n_positions, max_response):
-    """Token pairs of a file of examples; a prompt that does not fit keeps its end, with a note."""
-    (examples, left_out), max_prompt = read_examples(path), n_positions - max_response
-    if max_prompt < 1:
-        raise InputError(f"--max-response {max_response} leaves no prompt in {n_positions} tokens")
-    cut = sum(len(tokenizer.encode(e.prompt)) > max_prompt for e in examples)
-    if left_out or cut:
-        print(f"{path}: {left_out} unusable left out, {cut} prompts cut to their last "
-              f"{max_prompt} tokens")
-    return [encode_pair(tokenizer, e.prompt, e.response, max_prompt, max_response)
-            for e in examples]
-
-
 def read_texts(path):
-    """Documents of a corpus: JSON with "text" (.json, .jsonl), or plain text by paragraph."""
-    if ".json" in Path(path).name:
-        return [text_field(record, "text", f"{path}:{n}") for n, record in read_json_lines(path)]
-    paragraphs, last = [], None
+    """Documents of a corpus: JSON with "text", or plain text by paragraph. Raises InputError."""
+    if JSON_NAME.search(Path(path).name):
+        return list(read_json(path, lambda record: text_field(record, "text")))
+    paragraphs, last = [], -1
     for number, text in read_lines(path):
-        if last is not None and number == last + 1:
-            paragraphs[-1] += "\n" + text
-        else:
-            paragraphs.append(text)
+        if number > last + 1:       # There is a blank line between the two.
+            paragraphs.append([])
+        paragraphs[-1].append(text)
         last = number
-    return paragraphs
+    return ["\n".join(lines) for lines in paragraphs]
 
 
 def read_prompts(path):
-    """Further prompts: JSON with "prompt", or plain text with one prompt a line."""
-    if ".json" in Path(path).name:
-        texts = [text_field(record, "prompt", f"{path}:{n}") for n, record in read_json_lines(path)]
-    else:
-        texts = [text for _, text in read_lines(path)]
-    return [as_prompt(text) for text in texts]
+    """Further prompts: JSON with "prompt", or plain text by line. Raises InputError."""
+    if JSON_NAME.search(Path(path).name):
+        return list(read_json(path, lambda record: as_prompt(text_field(record, "prompt"))))
+    return [as_prompt(text) for _, text in read_lines(path)]
+
+
+# ---- the world that a run takes place in --------------------------------------------------------
+
+@dataclass
+class World:
+    """What the learner is given, and the truth that only the evaluation reads."""
+    tokenizer: Tokenizer
+    max_prompt: int             # tokens
+    max_response: int           # tokens, EOS included
+    corpus: list                # texts of the base language
+    demos: list                 # training demonstrations: (prompt, response) texts
+    train_prompts: list         # prompts to sample from while learning
+    test_prompts: list          # held-out prompts
+    test_demos: list            # per held-out prompt, the demonstrator's responses to it
+    golden: object = None       # (prompt, response) -> points, or None where nobody knows
+    golden_note: str = ""       # what golden is, where it is a gold model trained on people's pairs
+    demo_logp: object = None    # (prompt, response) -> log d_beta(y|x), marks aside, or None
+    unmark: object = None       # response -> response without the demonstrator's marks
+    parse: object = None        # (prompt, response) -> clauses (kind, ...) that golden adds up
+    values: object = None       # prompt -> {kind of clause: points}; both None where nobody knows
+    preferences: list = field(default_factory=list)     # (prompt, chosen, rejected), for training
+    human_pairs: list = field(default_factory=list)     # the same, held out
+    gold_pairs: list = field(default_factory=list)      # the same, for the gold model alone
+    notes: list = field(default_factory=list)           # what was left out and why
+
+    def pair(self, prompt, response):
+        """(prompt ids, response ids + EOS), cut to max_prompt and max_response tokens."""
+        return self.tokenizer.encode_pair(prompt, response, self.max_prompt, self.max_response)
+
+    def text(self, ids):
+        """The text of token ids, without EOS."""
+        return self.tokenizer.decode(ids)
+
+    def demo_density(self, batch):
+        """log d_beta(y|x) of a Batch's rows by their text, (B,) in nats per sequence."""
+        rows = zip(batch.tokens.tolist(), batch.prompt_lengths.tolist(), batch.lengths.tolist())
+        return torch.tensor([self.demo_logp(self.text(row[:m]), self.text(row[m:n]))
+                             for row, m, n in rows], device=batch.tokens.device)
+
+    def preference_pairs(self, prompts, samples, label_noise, rng):
+        """[(preferred, other)]: the pairs that people compared, if there are any, or else of two
+        samples to one prompt the one with more golden reward first. A share label_noise is swapped.
+
+        samples: (prompt ids, response ids); samples 2 i and 2 i + 1 answer the text prompts[i].
+        """
+        items = [(self.pair(x, chosen), self.pair(x, rejected))
+                 for x, chosen, rejected in self.preferences]
+        if self.golden and not items:
+            for prompt, a, b in zip(prompts, samples[0::2], samples[1::2]):
+                golden_a, golden_b = (self.golden(prompt, self.text(y)) for _, y in (a, b))
+                if golden_a != golden_b:        # Equally good samples teach no preference.
+                    items.append((a, b) if golden_a > golden_b else (b, a))
+        return [item[::-1] if rng.random() < label_noise else item
+                for item in items[:MAX_PREFERENCES]]
+
+
+def split_by_prompt(examples, s, rng):
+    """(held out, for the gold model, to learn from): a prompt goes to one of the three with all
+    its answers. Raises InputError where there is only one prompt."""
+    by_prompt = {}
+    for example in examples:
+        by_prompt.setdefault(example.prompt, []).append(example)
+    require(len(by_prompt) > 1, f"{s.demos}: one prompt is too few to hold one out")
+    prompts = rng.sample(list(by_prompt), len(by_prompt))
+    n_held_out = max(1, len(prompts) // 5)
+    held_out, rest = prompts[:n_held_out], prompts[n_held_out:]
+    paired = [x for x in rest if any(e.rejected for e in by_prompt[x])]
+    gold = dict.fromkeys(paired[:len(paired) // 2] if s.gold == "pairs" else [])
+    training = [x for x in rest if x not in gold]
+    held_out, gold, training = ([e for x in part for e in by_prompt[x]]
+                                for part in (held_out, gold, training))
+    return held_out, gold, training[:s.n_demos]
+
+
+def file_world(s, seed):
+    """One's own data: demonstrations from a file, split by seed into training and held out.
+
+    --gold pairs: half of the training prompts that have pairs are the gold model's, and no
+    learner sees them. Raises InputError for files and settings that make no world.
+    """
+    require(not (s.init and s.corpus), "--init is pi_0: there is nothing to pretrain on --corpus")
+    examples, _, left_out = read_examples(s.demos)
+    corpus = read_texts(s.corpus) if s.corpus else None
+    more_prompts = read_prompts(s.prompts) if s.prompts else []
+    golden = load_golden(s.gold) if s.gold not in (None, "pairs") else None
+    held_out, gold, training = split_by_prompt(examples, s, random.Random(seed))
+    # The rejected answers stay out of it: they would tell pi_0 what people dislike.
+    texts = corpus or [e.prompt + e.response for e in training]
+    tokenizer = Tokenizer.from_pretrained(s.init) if s.init else bpe_tokenizer(texts, VOCAB_SIZE)
+
+    # Prompts that differ may be the same once they are cut. Such a prompt stays with the part that
+    # comes first: otherwise the evaluation would ask what was trained on.
+    prompts = {e.prompt for e in training + held_out + gold} | {*more_prompts}
+    cut = {x: tokenizer.truncate_left(x, s.max_prompt) for x in prompts}
+    answers = {cut[e.prompt]: e.response for e in reversed(held_out)}   # the first of each prompt
+    gold = [e for e in gold if cut[e.prompt] not in answers]
+    taken = {*answers, *(cut[e.prompt] for e in gold)}
+    demos = [e for e in training if cut[e.prompt] not in taken]
+    more_prompts = [cut[x] for x in more_prompts if cut[x] not in taken]
+    test_prompts = list(answers)[:s.n_prompts]
+    preferences, human_pairs, gold_pairs = (
+        [(cut[e.prompt], e.response, e.rejected) for e in part if e.rejected]
+        for part in (demos, held_out, gold))
+    world = World(
+        tokenizer=tokenizer, max_prompt=s.max_prompt, max_response=s.max_response,
+        corpus=corpus or [e.prompt + e.response for e in demos],
+        demos=[(cut[e.prompt], e.response) for e in demos],
+        train_prompts=[cut[e.prompt] for e in demos] + more_prompts,
+        test_prompts=test_prompts, test_demos=[[answers[x]] for x in test_prompts],
+        golden=golden, preferences=preferences, human_pairs=human_pairs, gold_pairs=gold_pairs)
+    check_world(world, s)
+    world.notes = make_notes(world, s, left_out.total(), sum(cut[x] != x for x in cut),
+                             len(training) - len(demos))
+    return world
+
+
+def check_world(world, s):
+    """Refuse a world that a run would come to nothing in, before anything is written.
+
+    Raises InputError.
+    """
+    if s.gold == "pairs":
+        require(len(world.gold_pairs) >= MIN_GOLD_PAIRS,
+                f"--gold pairs: {s.demos} leaves {len(world.gold_pairs)} pairs of chosen and "
+                f"rejected answers for the gold model; it takes {MIN_GOLD_PAIRS}")
+        require(world.human_pairs, f"--gold pairs: no held-out prompt of {s.demos} has a pair, to "
+                                   "measure the gold model by")
+    require(world.demos, f"{s.demos}: cut to {s.max_prompt} tokens, every prompt to train on is "
+                         "also a held-out one; raise --max-prompt")
+    if world.golden:
+        for x, y in world.demos:        # The user's function may fail for some of them.
+            world.golden(x, y)
+
+
+def make_notes(world, s, n_left_out, n_cut, n_dropped):
+    """What users should know of the world made of their files: a line each, where it applies."""
+    n = len(world.demos)
+    n_long = sum(len(world.tokenizer.encode(y)) >= s.max_response for _, y in world.demos)
+    n_gold = len({x for x, _, _ in world.gold_pairs})
+    notes = {
+        f"{plural(n_left_out, 'records')} left out: an empty turn, or two answers to different "
+        "prompts": n_left_out,
+        f"{plural(n_cut, 'prompts')} longer than {s.max_prompt} tokens cut to the end": n_cut,
+        f"{n_long} of {n} demonstrations cut to {s.max_response} tokens: they have no end": n_long,
+        f"{plural(n_dropped, 'demonstrations')} left out: cut, a held-out prompt": n_dropped,
+        f"{n_gold} prompts with {len(world.gold_pairs)} pairs are the gold model's, no learner's":
+            n_gold,
+        f"only {plural(n, 'demonstrations')}: the numbers will mean little": n < 100,
+        "no --corpus: pi_0 is pretrained on the demonstrations": not (s.corpus or s.init),
+        f"{s.corpus} is one document (an empty line would part two): pi_0 will learn little":
+            s.corpus and len(world.corpus) == 1,
+    }
+    return [note for note, applies in notes.items() if applies]
+
+
+def load_golden(spec):
+    """The user's golden reward "FILE.py:FUNCTION", checked at every call. Raises InputError."""
+    file, _, name = spec.rpartition(":")
+    require(Path(file).is_file(), f"--gold {spec}: no such file; write FILE.py:FUNCTION, or pairs")
+    try:
+        module_spec = importlib.util.spec_from_file_location("golden", file)
+        module = importlib.util.module_from_spec(module_spec)
+        module_spec.loader.exec_module(module)
+    except Exception as error:      # Whatever the user's file raises is the user's to read.
+        raise InputError(f"--gold {spec}: {type(error).__name__}: {error}") from error
+    function = getattr(module, name, None)
+    require(callable(function), f"--gold {spec}: {file} has no function {name!r}")
+
+    def golden(prompt, response):
+        try:
+            value = float(function(prompt.strip(), response.strip()))
+        except Exception as error:
+            raise InputError(f"--gold {spec} raised {type(error).__name__}: {error}") from error
+        require(math.isfinite(value),
+                f"--gold {spec} returned {value} for the prompt {prompt.strip()!r}")
+        return value
+    return golden
 
 
 # ---- what was understood ------------------------------------------------------------------------
 
 def describe(path, s):
-    """The text of `train.py data`: what a file holds, its lengths in tokens, what would be cut, and
-    the first example with its loss mask.
-
-    s: max_prompt, max_response; init, a checkpoint's folder, or vocab_size for a BPE of this file.
-    Raises InputError.
-    """
-    if ".json" in Path(path).name:
-        examples, forms, left_out = read_records(path)
-    else:
-        examples, left_out = [Example("", text) for text in read_texts(path)], {}
-        forms = Counter({"plain text": len(examples)})
-    max_prompt, max_response = s.max_prompt, s.max_response
-    if s.init:
-        model, tokenizer, _ = load_pretrained(s.init)
-        max_prompt = min(max_prompt, model.config.n_positions - max_response)
-    else:
-        tokenizer = bpe_tokenizer([e.prompt + e.response for e in examples], s.vocab_size)
-    if min(max_prompt, max_response) < 1:
-        raise InputError(f"no room for {max_prompt} tokens of prompt, {max_response} of response")
-    prompt, response = examples[0].prompt, examples[0].response
-    cut = (f"prompts to their last {max_prompt} tokens, answers to their first {max_response}, "
-           "which then have no EOS")
-    if not prompt:
-        max_response += max_prompt
-        cut = f"into pieces of at most {max_response} tokens"
+    """What `python afd.py --demos FILE --dry-run` prints: what the file holds, its lengths in
+    tokens, what would be cut, and the first example with its loss mask. Raises InputError."""
+    examples, forms, left_out = read_examples(path)
+    texts = [e.prompt + e.response for e in examples]
+    tokenizer = Tokenizer.from_pretrained(s.init) if s.init else bpe_tokenizer(texts, VOCAB_SIZE)
+    limits = {"prompt": s.max_prompt, "response": s.max_response, "rejected": s.max_response}
+    first = tokenizer.encode_pair(examples[0].prompt, examples[0].response, s.max_prompt,
+                                  s.max_response)
     return "\n".join([
-        f"{path}: {counted(forms.total(), 'records')}, {len(examples):,} of use",
+        f"{path}: {plural(forms.total(), 'records')}, {len(examples):,} of use",
         *(f"{n:>9,}  {form}" for form, n in forms.items()),
         *(f"{n:>9,}  left out: {why}" for why, n in left_out.items()),
         f"lengths in tokens ({len(tokenizer):,} kinds, {s.init or 'a BPE of it'}), with EOS:",
-        *length_table(tokenizer, examples, max_prompt, max_response), f"cut: {cut}",
+        *length_table(tokenizer, examples, limits),
+        f"cut: prompts to their last {s.max_prompt} tokens, answers to their first "
+        f"{s.max_response}, which then have no EOS",
         "the first example as the learner sees it, what bears loss marked:",
-        *show_pair(tokenizer, encode_pair(tokenizer, prompt, response, max_prompt, max_response))])
+        *show_pair(tokenizer, first)])
 
 
-def length_table(tokenizer, examples, max_prompt, max_response):
-    """Lines of text: quantiles of the parts' lengths in tokens, and how many exceed the limits."""
-    yield "                min   median      90%      99%      max      cut"
-    for part, limit in (("prompt", max_prompt), ("response", max_response),
-                        ("rejected", max_response)):
-        lengths = [len(tokenizer.encode(getattr(e, part))) + (part != "prompt")
-                   for e in examples if getattr(e, part)]
+def length_table(tokenizer, examples, limits):
+    """Lines of text: for each part of an example quantiles of its length in tokens, and how many
+    are longer than limits[part]."""
+    table = ["                min   median      90%      99%      max      cut"]
+    for part, limit in limits.items():
+        eos = 0 if part == "prompt" else 1
+        texts = [getattr(e, part) for e in examples]
+        lengths = [len(tokenizer.encode(text)) + eos for text in texts if text]
         if lengths:
             quantiles = np.quantile(lengths, [0, 0.5, 0.9, 0.99, 1], method="nearest")
             row = [*map(int, quantiles), sum(n > limit for n in lengths)]
-            yield f"{part:>10} " + "".join(f"{n:>9,}" for n in row)
+            table.append(f"{part:>10} " + "".join(f"{n:>9,}" for n in row))
+    return table
 
 
 def show_pair(tokenizer, pair):
     """Lines of text of a pair; "loss |" stands before each that bears loss, by the losses' mask."""
     batch, lines = collate([pair]), []
-    tokens = [(token, bears and token not in tokenizer.suppress)
-              for token, bears in zip(batch.tokens[0].tolist(), batch.response_mask()[0].tolist())]
-    for (loss, is_eos), group in groupby(tokens, lambda item: (item[1], item[0] == tokenizer.eos)):
-        text = tokenizer.backend.decode([token for token, _ in group], skip_special_tokens=False)
+    ids, mask = batch.tokens[0].tolist(), batch.response_mask()[0].tolist()
+    tokens = [(i, bears_loss and i not in tokenizer.suppress) for i, bears_loss in zip(ids, mask)]
+    # One run of tokens is decoded at once, because a character may be several tokens.
+    for (loss, is_eos), run in groupby(tokens, lambda token: (token[1], token[0] == tokenizer.eos)):
+        text = tokenizer.backend.decode([i for i, _ in run], skip_special_tokens=False)
         text = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
-        lines += [("  loss | " if loss else "       | ") + line + "  (EOS)" * is_eos
-                  for line in text.split("\n")]
-    if tokens[-1][0] != tokenizer.eos:
+        margin, end = "  loss | " if loss else "       | ", "  (EOS)" if is_eos else ""
+        lines += [margin + line + end for line in text.split("\n")]
+    if ids[-1] != tokenizer.eos:
         lines.append("       | (cut here: no EOS)")
     return lines

@@ -1,261 +1,347 @@
-"""The truth beside every number: what the golden reward and the demonstrator's density say of a
-writer. No method that learns from demonstrations alone sees either; `preference` and DPO get labels
-made from golden, unless the data has people's. Rows of results.json are made here.
+"""How good is a policy or a selector? Golden reward, win rates and KLs on held-out prompts.
 
-Shapes: P held-out prompts, M responses to each. Golden reward in points per response; proxy
-rewards, entropy and KLs in nats per sequence.
+No method that learns from demonstrations alone sees any of this. Only `preference` and DPO get
+labels made from golden, unless the data has people's. Rows of results.json are made here.
 
-    kl_from_sft   E_pi[log pi - log pi_SFT]: how far the writer has moved
-    entropy       E_pi[-log pi]
-    distinct      share of different responses among 8 to one prompt
+Shapes: P held-out prompts, M responses to each, N of them candidates of best-of-N, G groups of n
+candidates. Golden reward is in points per response; proxy rewards, entropies and KLs are in nats
+per response.
+
+    golden        E_pi[golden reward], with a 95% interval over prompts
+    proxy         E_pi[the reward that the method maximised]
+    win_vs_sft    P(golden reward above that of another sample of pi_SFT), ties half; win_vs_demo
+                  the same against a demonstration
+    kl            E_pi[log pi - log pi_SFT]: how far the policy has moved
     reverse_kl    E_pi[log pi - log d_beta]: high if it writes what the demonstrator would not
     forward_kl    E_beta[log d_beta - log pi]: high if it would not write what the demonstrator does
-
-Of a best-of-n selector the density is not known sample by sample, but E[log pi - log pi_SFT] is:
-reward.best_of_n_kl. Hence its entropy, a lower bound, and its reverse KL, an upper one.
-Its forward KL would need the density at demonstrations, and its distinct share fresh candidates.
+    entropy       E_pi[-log pi]
+    distinct      share of different responses among SAMPLES to one prompt
 """
 
 import math
-import time
 from dataclasses import dataclass
 
 import numpy as np
 
-import train
-from model import logp_seq
-from reward import (LogRatio, RewardModel, best_of_n_kl, best_of_n_weights, calibration, mean_ci,
-                    rank_correlation, score, win_rate)
-from utils.checkpoints import save_reward
+from divergences import DIVERGENCES
+from model import generate, logp_seq
+from reward import REWARD_MODELS, LogRatio, best_of_n_kl, best_of_n_weights, score
+from utils.cli import plural, require
 
 SAMPLES = 8         # responses of each policy to each held-out prompt
-BROWSED = 40        # held-out prompts whose candidates are all kept, to be looked at
+BROWSED = 40        # held-out prompts whose candidates can all be read in the report
 
+
+# ---- responses ----------------------------------------------------------------------------------
 
 @dataclass
 class Responses:
-    """What one writer wrote to the held-out prompts."""
+    """The responses of one writer to the held-out prompts."""
     texts: list             # [prompt][response]
     pairs: list             # flat (prompt ids, response ids), a prompt's responses together
     lengths: np.ndarray     # (P, M) tokens, EOS included
-    gold: np.ndarray        # (P, M) points, or None where nobody knows
-    density: np.ndarray     # (P, M) log d_beta(y|x), marks aside; or None where nobody knows
+    golden: np.ndarray      # (P, M) points; None where nobody knows
+    demo_logp: np.ndarray   # (P, M) log d_beta(y|x), marks aside; None where nobody knows
 
 
-def read(world, rows):
-    """The Responses of response ids, rows[prompt][response]."""
+def read_responses(world, rows):
+    """The Responses of response ids rows[prompt][response], with what the world knows of them."""
     ids = [world.tokenizer.encode(x) for x in world.test_prompts]
     texts = [[world.text(y) for y in row] for row in rows]
 
-    def every(function):
-        return function and np.array([[function(x, y) for y in row]
-                                      for x, row in zip(world.test_prompts, texts)])
+    def table(function):
+        if function is None:
+            return None
+        return np.array([[function(x, y) for y in row]
+                         for x, row in zip(world.test_prompts, texts)])
     return Responses(texts, [(x, y) for x, row in zip(ids, rows) for y in row],
                      np.array([[len(y) for y in row] for row in rows], float),
-                     every(world.golden), every(world.demo_logp))
+                     table(world.golden), table(world.demo_logp))
 
 
-class Truth:
-    """One seed's judge: `rows` collects what each method achieves on the held-out prompts.
+def sample_responses(world, policy, n, generator, label=None):
+    """The Responses of a policy: n samples to each held-out prompt."""
+    ids = [world.tokenizer.encode(x) for x in world.test_prompts]
+    return read_responses(world, generate(policy, ids, n, max_new_tokens=world.max_response,
+                                          generator=generator, label=label))
 
-    run: its bookkeeping; each writer's samples are a stage of it, with randomness of their own.
+
+class LogProbability:
+    """log pi(y|x) in a reward's place, so that `score` can compute it batch by batch."""
+
+    def __init__(self, policy):
+        self.policy, self.device = policy, policy.device
+
+    def __call__(self, batch):
+        return logp_seq(self.policy, batch)
+
+
+# ---- methods and their names --------------------------------------------------------------------
+
+METHODS = ("po init-sft 0.3", "closed-form log-ratio 0.3", "closed-form floored 0.3",
+           "adversarial reverse_kl", "adversarial forward_kl", "adversarial-exact reverse_kl",
+           "adversarial-exact forward_kl", "spin", "irft", "dpo")       # --methods all
+# The word that follows a method's family, if any, and whether beta follows that.
+FORMS = {"po": (REWARD_MODELS, True), "closed-form": (("log-ratio", "floored"), True),
+         "adversarial": (DIVERGENCES, False), "adversarial-exact": (DIVERGENCES, False),
+         "spin": (None, False), "irft": (None, False), "dpo": (None, False)}
+FAMILIES = {"init": "pi_0", "po": "policy optimisation", "closed-form": "closed form"}
+
+
+def parse_methods(text):
+    """The list of a --methods flag: "spin, po init-sft .3" -> ["spin", "po init-sft 0.3"].
+
+    "all" is METHODS, "none" is empty. A method so written names its row and its random stream.
+    Raises InputError.
+    """
+    methods = []
+    for part in {"all": ",".join(METHODS), "none": ""}.get(text, text).split(","):
+        family, *words = part.split() or [""]
+        if not family:
+            continue
+        require(family in FORMS, f"--methods: unknown {family!r}; known: {', '.join(FORMS)}")
+        targets, has_beta = FORMS[family]
+        form = [family]
+        if targets:
+            form.append("|".join(targets))
+        if has_beta:
+            form.append("BETA")
+        known = not targets or (len(words) > 0 and words[0] in targets)
+        require(known and len(words) == len(form) - 1,
+                f"--methods: {part.strip()!r} must have the form: {' '.join(form)}")
+        if has_beta:
+            words[1] = f"{positive(words[1]):g}"
+        methods.append(" ".join([family, *words]))
+    return list(dict.fromkeys(methods))     # each once
+
+
+def positive(word):
+    """The number above 0 that a word says. Raises InputError."""
+    try:
+        value = float(word)
+    except ValueError:
+        value = math.nan
+    require(0 < value < math.inf, f"--methods: BETA must be a number above 0, not {word}")
+    return value
+
+
+def row_name(method):
+    """The table's name of a method: "po init-sft 0.3" -> "policy optimisation, init-sft 0.3"."""
+    family, _, rest = method.partition(" ")
+    family = FAMILIES.get(family, family)
+    return f"{family}, {rest}" if rest else family
+
+
+# ---- one seed's rows of the table ---------------------------------------------------------------
+
+class Evaluator:
+    """One seed's evaluation: `rows` collects what each method achieves on the held-out prompts,
+    `curve` best-of-n for every n, and `responses` what each policy answered, by its row's name.
+
+    candidates   Responses of pi_SFT, (P, N), that best-of-N picks from
+    comparison   SAMPLES further ones, to be compared with. They are never picked from: a candidate
+                 would else be compared with itself.
+    run          the seed's Run: its seed and its random generators
     """
 
-    def __init__(self, world, task, init, sft, n_candidates, run):
-        self.world, self.run, self.sft, self.rows = world, run, sft, []
-        self.source = {"task": task, "seed": run.seed}
+    def __init__(self, world, sft, candidates, comparison, run):
+        self.world, self.sft, self.run = world, sft, run
+        self.candidates, self.comparison = candidates, comparison
+        self.rows, self.curve, self.responses = [], [], {}
+        self.demo = self._demonstrations(world.test_demos)
+        self.unmarked = self.demo
+        if world.unmark:
+            self.unmarked = self._demonstrations([[world.unmark(y) for y in row]
+                                                  for row in world.test_demos])
+        self.sft_logp = self._logp(sft, candidates)
 
-        def demonstrations(strip):      # cut and read as the policy's responses are
-            return read(world, [[world.pair(x, strip(y))[1] for y in row]
-                                for x, row in zip(world.test_prompts, world.test_demos)])
-        self.demo = demonstrations(str)
-        self.unmarked = demonstrations(world.unmark) if world.unmark else self.demo
-        self.candidates = self.write(
-            sft, n_candidates, "candidates", f"5 best-of-N: {n_candidates} candidates to each "
-                                             f"held-out prompt, of {len(world.test_prompts)}")
-        self.rival = self.write(sft, SAMPLES, "rivals")     # not to pick from
-        self.sft_logp = self.logp(sft, self.candidates.pairs, n_candidates).reshape(
-            self.candidates.lengths.shape)
-        self.init = self.add_policy("init", init)
-        self.add_row("sft", self.candidates, logp=self.sft_logp, kl_from_sft=0.0,
-                     forward_kl=self.forward_kl(sft))
-        self.add_row("demo", self.demo, logp=self.demo.density,
-                     forward_kl=None if self.demo.density is None else 0.0)
+    def _demonstrations(self, rows):
+        """Demonstrations are encoded and cut like a policy's responses: a method is compared with
+        what it could have written."""
+        return read_responses(self.world, [[self.world.pair(x, y)[1] for y in row]
+                                           for x, row in zip(self.world.test_prompts, rows)])
 
-    def write(self, policy, n, label, says=None):
-        """Responses of a policy: n samples to each held-out prompt."""
-        ids = [self.world.tokenizer.encode(x) for x in self.world.test_prompts]
-        own = f"{label} samples"        # a stage and randomness of their own
-        return read(self.world, self.run.stage(
-            label if says else own, says,
-            lambda: self.world.sample(policy, ids, n, self.run.generator(own), label)))
+    def _logp(self, policy, responses):
+        """log pi(y|x) of each response, (P, M)."""
+        return score(LogProbability(policy), responses.pairs).reshape(responses.lengths.shape)
 
-    def logp(self, policy, pairs, n=1):
-        """log pi(y|x) of each pair, of which n in a row have the same prompt."""
-        return score(lambda batch: logp_seq(policy, batch), pairs, self.run.device, n=n)
-
-    def forward_kl(self, policy, every=1):
-        """E_beta[log d_beta - log pi] over held-out demonstrations without their marks, one in
-        `every` of them; None where the demonstrator's density is unknown."""
-        if self.unmarked.density is None:
+    def _forward_kl(self, policy):
+        """E_beta[log d_beta - log pi] over the held-out demonstrations, without their marks: no
+        policy can write a mark, so that with them every forward KL would be infinite."""
+        if self.unmarked.demo_logp is None:
             return None
-        logp = self.logp(policy, self.unmarked.pairs[::every])
-        return float((self.unmarked.density.ravel()[::every] - logp).mean())
+        return float((self.unmarked.demo_logp - self._logp(policy, self.unmarked)).mean())
 
-    def watch(self, policy, pairs):
-        """What the truth says of a policy in training and of a batch of its samples, which answer
-        training prompts: means of whatever the world knows."""
-        start = time.perf_counter()
-        texts = [(self.world.text(x), self.world.text(y)) for x, y in pairs]
-        record = {"length": sum(len(y) for _, y in pairs) / len(pairs)}
-        for name, function in (("golden", self.world.golden), ("demo_logp", self.world.demo_logp)):
-            if function:
-                record[name] = sum(function(*text) for text in texts) / len(texts)
-        if self.world.demo_logp:
-            record["forward_kl"] = self.forward_kl(policy, every=16)
-        self.run.watching += time.perf_counter() - start
-        return record
+    def _add_row(self, name, responses, picks=None, logp=None, proxy=None, **columns):
+        """One row: means over prompts, and over the picked responses of each (all if None).
 
-    def add_row(self, method, responses, weights=None, logp=None, **columns):
-        """One row: means over prompts of the responses under `weights` (P, M), equal if None.
-
-        logp (P, M): the writer's own log-density, where it is known.
+        picks (P, G): columns of the responses. logp, proxy (P, M): the policy's log-density and
+        the reward that it maximised, where they are known.
         """
-        if weights is None:
-            weights = np.full(responses.lengths.shape, 1 / responses.lengths.shape[1])
+        def picked(values):
+            return values if picks is None else np.take_along_axis(values, picks, axis=1)
 
         def mean(values):
-            return None if values is None else float((weights * values).sum(1).mean())
-        row = {**self.source, "method": method, "reward_model": None, "n": 1, "beta": None,
-               **dict.fromkeys(("gold_mean", "gold_ci95", "win_vs_sft", "win_vs_demo",
-                                "proxy_mean", "kl_from_sft"))}
-        if responses.gold is not None:
-            row["gold_mean"], row["gold_ci95"] = mean_ci((weights * responses.gold).sum(1))
-            row["win_vs_sft"] = mean(win_rate(responses.gold, self.rival.gold))
-            row["win_vs_demo"] = mean(win_rate(responses.gold, self.demo.gold))
-        known = logp is not None and responses.density is not None
-        self.rows.append({
-            **row, "length_mean": mean(responses.lengths),
-            "entropy": None if logp is None else -mean(logp),
-            "distinct": None if method == "bon" else distinct(responses.texts),
-            "forward_kl": None, "reverse_kl": mean(logp - responses.density) if known else None,
-            "seconds": None, **columns})
+            return None if values is None else float(picked(values).mean())
+        row = dict.fromkeys(("golden", "golden_ci95", "proxy", "win_vs_sft", "win_vs_demo", "kl",
+                             "reverse_kl", "forward_kl", "entropy", "length", "distinct"))
+        row = {"seed": self.run.seed, "name": name, **row, "proxy": mean(proxy),
+               "length": mean(responses.lengths)}
+        if responses.golden is not None:
+            # Responses to one prompt resemble each other: the independent draws are the prompts.
+            row["golden"], row["golden_ci95"] = mean_ci(picked(responses.golden).mean(axis=1))
+            row["win_vs_sft"] = mean(win_rate(responses.golden, self.comparison.golden))
+            row["win_vs_demo"] = mean(win_rate(responses.golden, self.demo.golden))
+        if logp is not None:
+            row["entropy"] = -mean(logp)
+            if responses.demo_logp is not None:
+                row["reverse_kl"] = mean(logp - responses.demo_logp)
+        if picks is None:
+            row["distinct"] = distinct(responses.texts)
+        self.rows.append({**row, **columns})
 
-    def add_policy(self, method, policy, reward=None, seconds=None, **columns):
-        """A row of a policy from fresh samples; reward: the proxy it was optimised for, if any."""
-        label = " ".join([method, *(str(value) for value in columns.values())])
-        responses = self.write(policy, SAMPLES, label)
-        logp = self.logp(policy, responses.pairs, SAMPLES)
-        proxy = None
+    def add_reference_rows(self):
+        """The rows of pi_SFT and of the demonstrations, which everything else is compared with."""
+        self._add_row("pi_SFT", self.candidates, logp=self.sft_logp, kl=0.0,
+                      forward_kl=self._forward_kl(self.sft))
+        self._add_row("demonstrations", self.demo, logp=self.demo.demo_logp,
+                      forward_kl=None if self.demo.demo_logp is None else 0.0)
+
+    def add_policy(self, method, policy, reward=None):
+        """The row of a policy, from SAMPLES fresh samples to each held-out prompt.
+
+        method: as in --methods, or "init"; it also names the stream of random numbers.
+        reward: the proxy that the policy was optimised for, if any.
+        """
+        responses = sample_responses(self.world, policy, SAMPLES,
+                                     self.run.generator(f"{method} samples"), method)
+        logp, proxy = self._logp(policy, responses), None
         if reward is not None:
-            proxy = float(score(reward, responses.pairs, self.run.device, n=SAMPLES).mean())
-        self.add_row(method, responses, logp=logp.reshape(responses.lengths.shape),
-                     proxy_mean=proxy,
-                     kl_from_sft=float(
-                         (logp - self.logp(self.sft, responses.pairs, SAMPLES)).mean()),
-                     forward_kl=self.forward_kl(policy), seconds=seconds, **columns)
-        return responses
+            proxy = score(reward, responses.pairs).reshape(logp.shape)
+        self._add_row(row_name(method), responses, logp=logp, proxy=proxy,
+                      kl=float((logp - self._logp(self.sft, responses)).mean()),
+                      forward_kl=self._forward_kl(policy))
+        self.responses[row_name(method)] = responses
 
-    def add_best_of_n(self, name, values):
-        """Rows of best-of-n by scores (P, N) of the candidates, n = 1, 2, 4, ... N."""
-        for n in (2 ** k for k in range(values.shape[1].bit_length())):
-            weights = best_of_n_weights(values, n)
-            kl = 0.0 if name == "random" else best_of_n_kl(n)
-            self.add_row("bon", self.candidates, weights, self.sft_logp + kl, reward_model=name,
-                         n=n, proxy_mean=float((weights * values).sum(1).mean()), kl_from_sft=kl)
+    def add_best_of_n(self, name, picks, scores, n):
+        """The row of best-of-n: picks (P, G) are the columns of the candidates with the highest
+        of each n scores, scores (P, N).
+
+        The selector's density pi is not known response by response, but E[log pi - log pi_SFT] is
+        at most best_of_n_kl(n). Hence its reverse KL, an upper bound, and its entropy, a lower one.
+        Its forward KL would need its density at the demonstrations.
+        """
+        # A selector that ignores (x, y) leaves pi_SFT as it is, whatever n may be.
+        kl = 0.0 if name == "random" else best_of_n_kl(n)
+        self._add_row(f"best of {n}, {name}", self.candidates, picks, self.sft_logp + kl, scores,
+                      kl=kl)
+
+    def add_curve(self, name, scores):
+        """Points of `curve`: best-of-n by scores (P, N) for n = 1, 2, 4, ... N.
+
+        Instead of one pick for each group, each is a mean over all subsets of n candidates: the
+        estimate with the least variance (see reward.best_of_n_weights).
+        """
+        for n in (2 ** k for k in range(scores.shape[1].bit_length())):
+            weights = best_of_n_weights(scores, n)
+            golden = self.candidates.golden
+            self.curve.append({
+                "seed": self.run.seed, "reward_model": name, "n": n,
+                "golden": None if golden is None else float((weights * golden).sum(1).mean()),
+                "proxy": float((weights * scores).sum(1).mean()),
+                "kl": 0.0 if name == "random" else best_of_n_kl(n)})
+
+    def measure(self, pairs):
+        """Mean golden reward, where it is known, and mean length of samples to training prompts:
+        the curve of policy optimisation, which the policy itself does not see."""
+        record = {}
+        if self.world.golden:
+            values = [self.world.golden(self.world.text(x), self.world.text(y)) for x, y in pairs]
+            record["golden"] = float(np.mean(values))
+        return {**record, "length": float(np.mean([len(y) for _, y in pairs]))}
 
 
 def distinct(texts):
-    """Share of different responses among the first 8 to a prompt: the mean over prompts."""
-    return float(np.mean([len(set(row[:SAMPLES])) / len(row[:SAMPLES]) for row in texts]))
+    """Share of different responses among the first SAMPLES to a prompt: the mean over prompts."""
+    rows = [row[:SAMPLES] for row in texts]
+    return float(np.mean([len(set(row)) / len(row) for row in rows]))
 
 
-# ---- a judge in golden's place -------------------------------------------------------------------
+# ---- people's preferences -----------------------------------------------------------------------
 
-def train_judge(world, run, init, schedule):
-    """Set world.golden to a Bradley-Terry model trained on world.judge_pairs, which no learner saw,
-    and world.gold to what it is, with its agreement with people on the held-out prompts' pairs.
+def golden_from_model(gold_model, world):
+    """(golden, note): a reward model trained on world.gold_pairs, in golden's place.
 
-    r(x, y) is the log-odds of being preferred, up to a constant of each prompt. The checkpoint goes
-    to the seed's folder, as `judge`.
+    golden(prompt, response) is in log-odds of being preferred, up to a constant of each prompt. The
+    note says how often the model agrees with people on held-out pairs: golden is no truth here.
     """
-    rng = run.rng("judge")
-    items, held = train.split([(world.pair(x, chosen), world.pair(x, rejected))
-                               for x, chosen, rejected in world.judge_pairs], 0.05, rng)
-    judge, history = run.trained(
-        "judge", f"1 judge: trained on {len(items):,} pairs that no learner sees",
-        RewardModel(init), lambda: train.train_reward(
-            init, items, held, train.preference_step, schedule, rng, label="judge",
-            snapshot=run.snapshot("judge")))
-    run.log("judge", history)
-    save_reward(run.out / f"seed{run.seed}" / "judge", judge, world.tokenizer)
-    agreement, ci = human_agreement(judge, world, run.device)
-    world.gold = (f"judge trained on a disjoint half of the pairs ({len(world.judge_pairs):,} "
-                  f"pairs, held-out agreement {agreement:.3f} +- {ci:.3f})")
+    agreement, half = human_agreement(gold_model, world)
 
-    def golden(prompt, response):       # alone: in a batch the last digits would be its company's
-        return float(score(judge, [world.pair(prompt, response)], run.device)[0])
-    world.golden = golden
+    def golden(prompt, response):
+        # A response is scored alone: in a batch, others would change the last digits of its score.
+        return float(score(gold_model, [world.pair(prompt, response)])[0])
+    return golden, (
+        f"reward model trained on {plural(len(world.gold_pairs), 'pairs')} that no learner sees "
+        f"(agreement with people on {plural(len(world.human_pairs), 'held-out pairs')}: "
+        f"{agreement:.3f} +- {half:.3f})")
 
 
-def judge_note(gold):
-    """What a reader has to know of golden numbers where golden is a judge, gold its description."""
-    return (f"Golden is no truth here but a {gold}, in log-odds of being preferred instead of "
-            "points. It starts from pi_0, as the rewards do that it judges: what pi_0 cannot tell "
-            "apart, all of them may miss.")
-
-
-def human_agreement(reward, world, device):
+def human_agreement(reward, world):
     """(share of the held-out pairs of which the reward prefers the chosen answer, ties half; its
     95% half-width by Agresti and Coull: with two successes and two failures added, so that 14 of 14
     is no certainty). Source: The American Statistician 52, 1998."""
-    chosen, rejected = (score(reward, [world.pair(p[0], p[k]) for p in world.human_pairs], device)
-                        for k in (1, 2))
+    chosen = score(reward, [world.pair(x, better) for x, better, _ in world.human_pairs])
+    rejected = score(reward, [world.pair(x, worse) for x, _, worse in world.human_pairs])
     agreed = (chosen > rejected) + (chosen == rejected) / 2
     n = len(agreed) + 4
     share = (agreed.sum() + 2) / n
     return float(agreed.mean()), 1.96 * math.sqrt(share * (1 - share) / n)
 
 
-# ---- what the reward models learned --------------------------------------------------------------
+# ---- what the reward models learned -------------------------------------------------------------
 
-def inspect_rewards(world, seed, rewards, scores, candidates, device):
-    """What each reward model has learned: one record a model.
+def inspect_rewards(world, seed, rewards, data, scores, candidates):
+    """What each reward model has learned: one record for each of rewards {name: reward}.
 
-    accuracy and calibration on its own held-out pairs; rank correlation within a prompt with the
-    golden reward and with length; what the demonstrator's marks are worth to it, in standard
-    deviations of its scores; how often it agrees with people on held-out pairs.
+    data     {name: (training, held-out) pairs (better, worse)}: accuracy and calibration on what
+             was held out
+    scores   {name: (P, N)} of the candidates: rank correlation, within a prompt, with the golden
+             reward and with length
+    marks_worth is what the demonstrator's marks add to a score, in standard deviations of the
+    candidates' scores; human_agreement how often it agrees with people on held-out pairs.
     """
     records = []
-    for name, (reward, held) in rewards.items():
-        mine = scores[name]
+    for name, reward in rewards.items():
+        _, held_out = data[name]
         record = {"seed": seed, "reward_model": name,
-                  **held_out_quality(reward, held, name, device),
-                  "corr_golden": (None if candidates.gold is None
-                                  else rank_correlation(mine, candidates.gold)),
-                  "corr_length": rank_correlation(mine, candidates.lengths),
+                  **held_out_quality(reward, held_out, name), "corr_golden": None,
+                  "corr_length": rank_correlation(scores[name], candidates.lengths),
                   "marks_worth": None, "human_agreement": None, "human_ci95": None,
                   "human_pairs": len(world.human_pairs)}
-        if world.unmark and not isinstance(reward, LogRatio):    # to which they are -inf
-            marked, plain = (score(reward, [world.pair(x, strip(y)) for x, y in world.demos[:500]],
-                                   device) for strip in (str, world.unmark))
-            spread = float(mine.std())
-            record["marks_worth"] = float((marked - plain).mean()) / spread if spread else None
+        if candidates.golden is not None:
+            record["corr_golden"] = rank_correlation(scores[name], candidates.golden)
+        spread = float(scores[name].std())
+        # No policy can write a mark: to a log-ratio it is -inf.
+        if world.unmark and spread and not isinstance(reward, LogRatio):
+            demos = world.demos[:500]
+            marked = score(reward, [world.pair(x, y) for x, y in demos])
+            plain = score(reward, [world.pair(x, world.unmark(y)) for x, y in demos])
+            record["marks_worth"] = float((marked - plain).mean()) / spread
         if world.human_pairs:
-            record["human_agreement"], record["human_ci95"] = human_agreement(reward, world, device)
+            record["human_agreement"], record["human_ci95"] = human_agreement(reward, world)
         records.append(record)
     return records
 
 
-def held_out_quality(reward, items, name, device):
+def held_out_quality(reward, items, name):
     """Accuracy and calibration error on held-out (better, worse) pairs; nan without any.
 
-    A discriminator's logits are judged against their labels one by one; Bradley-Terry rewards are
-    defined up to a constant, so their differences are, in both orders.
+    A discriminator's logits are compared with their labels one by one. Bradley-Terry rewards are
+    defined up to a constant, so that only their differences can be, in both orders.
     """
-    better, worse = (score(reward, [item[k] for item in items], device) for k in (0, 1))
     if not items:
         return {"accuracy": math.nan, "calibration_error": math.nan}
+    better, worse = (score(reward, list(side)) for side in zip(*items))
     if name == "preference":
         better, worse = better - worse, worse - better
     logits, labels = np.concatenate([better, worse]), np.repeat([1.0, 0.0], len(better))
@@ -263,76 +349,147 @@ def held_out_quality(reward, items, name, device):
             "calibration_error": calibration(logits, labels)}
 
 
-# ---- what is said at the end ---------------------------------------------------------------------
+# ---- over seeds ---------------------------------------------------------------------------------
 
-COMPARISONS = (("init-sft", "sft"), ("init-sft", "demo"), ("init-sft", "init-demo"),
-               ("init-demo", "sft-demo"), ("log-ratio", "init-sft"), ("floored", "log-ratio"),
-               ("floored", "init-sft"))
+def grouped(records, key):
+    """{value of the key: its records, one a seed}, in the order of the first ones."""
+    groups = {}
+    for record in records:
+        groups.setdefault(record[key], []).append(record)
+    return groups
 
 
-WRITERS = {"init": "pi_0", "sft": "pi_SFT", "demo": "demonstrations"}   # that no reward chose
+def over_seeds(records, column, within=None):
+    """(mean over seeds of a column, its 95% half-width), or (None, None) where it is empty.
 
-
-def name_of(row):
-    """A row's name in tables: a selector's is its reward model's, a policy's says how it came."""
-    if row["method"] == "bon":
-        return row["reward_model"]
-    parts = [row["method"], row["reward_model"], row["beta"] and f"{row['beta']:g}"]
-    return " ".join(part for part in parts if part)
+    One seed's half-width is its own, from the column `within`: over its prompts or pairs.
+    """
+    values = [record[column] for record in records if record[column] is not None]
+    if not values:
+        return None, None
+    mean, half = mean_ci(values)
+    if len(records) == 1 and within:
+        half = records[0][within]
+    return mean, half
 
 
 def summarise(rows, n):
-    """Means over seeds with Student's t intervals, best-of-n throughout: the golden reward of each
-    method, its share of the golden selector's gain over SFT, and paired differences. None where
-    nobody knows the golden reward.
-    """
-    gold = {(r["seed"], name_of(r)): r["gold_mean"] for r in rows
-            if r["n"] == (n if r["method"] == "bon" else 1)}
-    if None in gold.values():
-        return None
-    seeds, names = sorted({seed for seed, _ in gold}), list(dict.fromkeys(name for _, name in gold))
-
-    def share(seed, name):
-        sft, best = gold[seed, "sft"], gold[seed, "golden"]
-        return (gold[seed, name] - sft) / (best - sft) if best > sft else math.nan
-
-    names = [name for name in names if all((k, name) in gold for k in seeds)]
-    methods = {name: {"gold": mean_ci([gold[k, name] for k in seeds]),
-                      "share_of_golden_gain": mean_ci([share(k, name) for k in seeds])}
-               for name in names}
-    differences = []
-    for a, b in COMPARISONS:
-        if a in names and b in names:
-            mean, ci = mean_ci([gold[k, a] - gold[k, b] for k in seeds])
-            differences.append({"a": a, "b": b, "mean": mean, "ci95": ci})
-    return {"n": n, "seeds": seeds, "methods": methods, "differences": differences}
+    """Means over seeds with Student's t intervals: each method's golden reward, and its share of the
+    gain over pi_SFT of the best of n by golden. No methods where nobody knows golden."""
+    golden = {(row["seed"], row["name"]): row["golden"] for row in rows}
+    seeds = sorted({seed for seed, _ in golden})
+    summary = {"n": n, "seeds": seeds, "methods": {}}
+    if None in golden.values():
+        return summary
+    for name in dict.fromkeys(name for _, name in golden):
+        # A method that only some of the seeds have cannot be compared with the others.
+        if all((seed, name) in golden for seed in seeds):
+            shares = [share_of_gain(golden, seed, name, n) for seed in seeds]
+            summary["methods"][name] = {
+                "golden": mean_ci([golden[seed, name] for seed in seeds]),
+                "share_of_golden_gain": mean_ci(shares)}
+    return summary
 
 
-def pick_samples(truth, scores, n, optimised):
+def share_of_gain(golden, seed, name, n):
+    """Golden reward of a method on a scale from 0, pi_SFT, to 1, the best of n by golden."""
+    sft, best = golden[seed, "pi_SFT"], golden[seed, f"best of {n}, golden"]
+    return (golden[seed, name] - sft) / (best - sft) if best > sft else math.nan
+
+
+def pick_samples(evaluator, scores, n):
     """Per held-out prompt, side by side: a sample of pi_0, one of pi_SFT, the pick of n by the
-    first reward model, a sample of the optimised policy if there is one, a demonstration; each with
-    its golden reward. For the first BROWSED of them all candidates, with every selector's scores.
+    first of scores {name: (P, N)}, a sample of the first optimised policy if there is one, a
+    demonstration; each with its golden reward. For the first BROWSED of them all candidates, with
+    every selector's scores.
     """
+    world, candidates = evaluator.world, evaluator.candidates
     name, proxy = next(iter(scores.items()))
+    optimised = [row for row in evaluator.responses if row.startswith(FAMILIES["po"])][:1]
 
-    def said(responses, i, j, proxy=None):
+    def sample(responses, i, j, proxy=None):
         return {"text": responses.texts[i][j],
-                "golden": None if responses.gold is None else float(responses.gold[i][j]),
+                "golden": None if responses.golden is None else float(responses.golden[i][j]),
                 "proxy": None if proxy is None else float(proxy[i][j])}
 
     samples = []
-    for i, prompt in enumerate(truth.world.test_prompts):
-        side = {"pi_0": said(truth.init, i, 0), "pi_SFT": said(truth.candidates, i, 0, proxy),
-                f"{n}, {name}": said(truth.candidates, i, int(proxy[i][:n].argmax()), proxy)}
-        if optimised:
-            side["optimised"] = said(optimised, i, 0)
-        side["demonstration"] = said(truth.demo, i, 0)
-        if truth.world.unmark:      # with its marks, which the policy's tokenizer does not know
-            side["demonstration"]["text"] = truth.world.test_demos[i][0]
-        samples.append({"prompt": prompt, "writers": side})
+    for i, prompt in enumerate(world.test_prompts):
+        best = int(proxy[i][:n].argmax())
+        writers = {"pi_0": sample(evaluator.responses["pi_0"], i, 0),
+                   "pi_SFT": sample(candidates, i, 0, proxy),
+                   f"best of {n}, {name}": sample(candidates, i, best, proxy)}
+        for row in optimised:
+            writers[row] = sample(evaluator.responses[row], i, 0)
+        writers["demonstration"] = sample(evaluator.demo, i, 0)
+        if world.unmark:        # with its marks, which the policy's tokenizer does not know
+            writers["demonstration"]["text"] = world.test_demos[i][0]
+        samples.append({"prompt": prompt, "writers": writers})
         if i < BROWSED:
             samples[i]["candidates"] = {
-                "text": truth.candidates.texts[i],
+                "text": candidates.texts[i],
                 "scores": {key: [float(f"{v:.7g}") if v == v else None for v in values[i]]
                            for key, values in scores.items()}}
     return samples
+
+
+# ---- statistics ---------------------------------------------------------------------------------
+
+# The 97.5% quantiles of Student's t by degrees of freedom: a 95% interval is mean +- t sd/sqrt(n).
+STUDENT_T = {1: 12.7062, 2: 4.3027, 3: 3.1824, 4: 2.7764, 5: 2.5706, 6: 2.4469, 7: 2.3646,
+             8: 2.3060, 9: 2.2622, 10: 2.2281, 12: 2.1788, 15: 2.1314, 20: 2.0860, 30: 2.0423,
+             60: 2.0003, math.inf: 1.9600}
+
+
+def student_t(df):
+    """The 97.5% quantile of Student's t with df degrees of freedom (1, 2, ...), within 0.0003.
+
+    Between the table's entries the quantile is nearly a straight line in 1/df.
+    """
+    points = sorted((1 / k, t) for k, t in STUDENT_T.items())
+    return float(np.interp(1 / df, *zip(*points)))
+
+
+def mean_ci(values):
+    """(mean, half-width of its 95% interval by Student's t); of one value the latter is nan."""
+    values = np.asarray(values, float)
+    if len(values) < 2:
+        return float(values.mean()), math.nan
+    standard_error = float(values.std(ddof=1)) / math.sqrt(len(values))
+    return float(values.mean()), student_t(len(values) - 1) * standard_error
+
+
+def ranks(values):
+    """Ranks along the last axis, ties sharing their mean rank."""
+    values = np.asarray(values)
+    below = (values[..., None, :] < values[..., :, None]).sum(-1)
+    equal = (values[..., None, :] == values[..., :, None]).sum(-1)
+    return below + (equal - 1) / 2
+
+
+def correlation(a, b):
+    """Pearson correlation along the last axis; nan where either side does not vary."""
+    a, b = a - a.mean(-1, keepdims=True), b - b.mean(-1, keepdims=True)
+    norm = np.sqrt((a ** 2).sum(-1) * (b ** 2).sum(-1))
+    return np.divide((a * b).sum(-1), norm, out=np.full(norm.shape, np.nan), where=norm > 1e-12)
+
+
+def rank_correlation(a, b):
+    """Spearman's correlation within each prompt, (P, N) against (P, N): the mean over the prompts
+    where both sides vary; nan if there are none."""
+    values = correlation(ranks(a), ranks(b))
+    known = values[np.isfinite(values)]
+    return float(known.mean()) if len(known) else math.nan
+
+
+def calibration(logits, labels, bins=10):
+    """Expected calibration error of sigmoid(logit): mean over bins of |mean label - mean D|."""
+    d = 1 / (1 + np.exp(-np.clip(logits, -50, 50)))
+    which = np.minimum((d * bins).astype(int), bins - 1)
+    gaps = [abs((labels[which == b] - d[which == b]).sum()) for b in range(bins)]
+    return float(sum(gaps) / len(d))
+
+
+def win_rate(golden, other):
+    """P(a sample of `other` has less golden reward), ties half: (P, N) against (P, M) -> (P, N)."""
+    more = (golden[:, :, None] > other[:, None, :]).mean(2)
+    return more + (golden[:, :, None] == other[:, None, :]).mean(2) / 2

@@ -1,61 +1,192 @@
-"""report.html: one page of a run, complete in itself, to look at offline and to hand on.
+"""A run's results for people: tables for the terminal, and report.html.
 
-The template beside this file has slots for tables, figures and settings, and a script that browses
-samples from a JSON text. Text from data is never markup: escaped here, and set as text there.
+The page is complete in itself, to look at offline and to hand on. Its template beside this file has
+slots for tables, figures and settings, and a script that browses samples from a JSON text. Text
+from data is never markup: it is escaped here, and set as text there.
 """
 
 import base64
 import json
 import re
+import textwrap
 from html import escape
 from itertools import groupby
 from pathlib import Path
 
-from model import write_aside
-from utils.plots import (COLORS, agreement, by_model, by_writer, interval, number,
-                              over_seeds)
-from utils.cli import counted
-from utils.evaluate import WRITERS, judge_note, name_of
+from utils.cli import plural, write_aside, write_json
+from utils.evaluate import grouped, over_seeds, summarise
+from utils.plots import COLORS, draw_run
 
 FIGURES = {     # that a run may have drawn: what is to be seen in them
     "best_of_n.png": "Each proxy against N and, where it is known, the golden reward of its picks. "
                      "Where they part: over-optimisation.",
     "reward_models.png": "What the scores of each reward model go with; rank correlations are "
                          "within a prompt."}
-COLUMNS = (("proxy_mean", "proxy, nats", "{:.1f}"), ("win_vs_sft", "win/SFT", "{:.2f}"),
-           ("win_vs_demo", "win/demo", "{:.2f}"), ("kl_from_sft", "KL, nats", "{:.1f}"),
-           ("reverse_kl", "rev. KL, nats", "{:.1f}"), ("forward_kl", "fwd. KL, nats", "{:.1f}"),
-           ("entropy", "entropy, nats", "{:.1f}"), ("distinct", "distinct", "{:.2f}"),
-           ("length_mean", "length, tokens", "{:.0f}"))
-LEARNED = (("accuracy", "accuracy"), ("calibration_error", "calibration error"),
-           ("corr_golden", "correlation with golden"), ("corr_length", "correlation with length"),
-           ("marks_worth", "worth of the marks, sd"), ("human_agreement", "agrees with people"))
+# Column of results.json, title in the terminal with its format there, title and format in the page.
+COLUMNS = (("proxy", "proxy", "6.1f", "proxy, nats", ".1f"),
+           ("win_vs_sft", "w/SFT", "6.2f", "win/SFT", ".2f"),
+           ("win_vs_demo", "w/demo", "7.2f", "win/demo", ".2f"),
+           ("kl", "KL", "6.1f", "KL, nats", ".1f"),
+           ("reverse_kl", "rev", "5.0f", "rev. KL, nats", ".1f"),
+           ("forward_kl", "fwd", "6.1f", "fwd. KL, nats", ".1f"),
+           ("entropy", "H", "6.1f", "entropy, nats", ".1f"),
+           ("distinct", None, None, "distinct", ".2f"),
+           ("length", "len", "4.0f", "length, tokens", ".0f"))
+LEARNED = (("accuracy", "accuracy", "accuracy"),
+           ("calibration_error", "calib.", "calibration error"),
+           ("corr_golden", "golden", "correlation with golden"),
+           ("corr_length", "length", "correlation with length"),
+           ("marks_worth", "marks", "worth of the marks, sd"),
+           ("human_agreement", "agrees with people", "agrees with people"))
 
+
+def number(value, form=".2f"):
+    """The value in this format; a dash for one that is not known."""
+    return "-" if value is None or value != value else format(value, form)
+
+
+def golden_note(note):
+    """What a reader has to know where golden is a trained model, note its description."""
+    return (f"Golden is no truth here but a {note}, in log-odds of being preferred instead of "
+            "points. It starts from pi_0, as the rewards do that it evaluates: what pi_0 cannot "
+            "tell apart, all of them may miss.")
+
+
+# ---- all seeds together -------------------------------------------------------------------------
+
+def collect(out, head, parts):
+    """Write out/results.json: head, a run's provenance, and parts {seed: what afd.run returned},
+    but for the samples, which stay in the files of the seeds. Returns what was written."""
+    results = {**head, "golden": "; ".join(part["golden"] for part in parts.values()
+                                           if part["golden"])}
+    for key in ("rows", "best_of_n", "reward_models"):
+        results[key] = [record for part in parts.values() for record in part[key]]
+    for key in ("curves", "seconds"):
+        results[key] = {seed: part[key] for seed, part in parts.items()}
+    n = min(16, head["settings"]["n_candidates"])
+    results["summary"] = summarise(results["rows"], n)
+    write_json(Path(out) / "results.json", results)
+    return results
+
+
+def present(out, results, world):
+    """Print the tables and samples of the first seed; draw the figures and write the report."""
+    first = next(iter(results["seconds"]))
+    file = Path(out) / f"seed{first}" / "results.json"
+    samples = json.loads(file.read_text(encoding="utf-8"))["samples"]
+    print_table(results)
+    print_reward_models(results["reward_models"])
+    print_samples(samples)
+    try:
+        for path in draw_run(out, results):
+            print(f"figure  {path}")
+    except ImportError as error:        # the numbers are safe; only the pictures need the extra
+        print(error)
+    print(f"report  {write_report(out, results, samples, world)}")
+
+
+# ---- the terminal -------------------------------------------------------------------------------
+
+def print_table(results):
+    """The final table, means over seeds: golden reward beside every proxy; then whether best-of-n
+    by the first reward model worked."""
+    groups = grouped(results["rows"], "name")
+    over = "seeds" if len(results["summary"]["seeds"]) > 1 else "prompts"
+    if results["golden"]:
+        print("\n" + textwrap.fill(golden_note(results["golden"]), 78, break_long_words=False))
+    unit = "log-odds" if results["golden"] else "points"
+    print(f"\ngolden reward in {unit} +- 95% over {over}; in nats: proxies, KL(pi|SFT),\n"
+          "rev KL(pi|demonstrator), fwd KL(demonstrator|pi), H entropy")
+    columns = [(column, title, form) for column, title, form, *_ in COLUMNS if title]
+    width = max(map(len, groups)) + 1
+    print(f"{'':{width}}{'golden':>11}"
+          + "".join(f"{title:>{form[0]}}" for _, title, form in columns))
+    for name, rows in groups.items():
+        golden, half = map(number, over_seeds(rows, "golden", "golden_ci95"))
+        print(f"{name:{width}}{golden:>5}+-{half:>4}" + "".join(
+            f"{number(over_seeds(rows, column)[0], form[1:]):>{form[0]}}"
+            for column, _, form in columns))
+    print_outcome(results, unit)
+
+
+def print_outcome(results, unit):
+    """Whether best-of-n by the first reward model beats pi_SFT and the demonstrations."""
+    n, methods = results["summary"]["n"], results["summary"]["methods"]
+    names = [record["reward_model"] for record in results["reward_models"]]
+    if not names or f"best of {n}, {names[0]}" not in methods:
+        return
+    best = methods[f"best of {n}, {names[0]}"]
+    over_sft, over_demo = (best["golden"][0] - methods[name]["golden"][0]
+                           for name in ("pi_SFT", "demonstrations"))
+    print(f"\nbest of {n} by {names[0]}: {over_sft:+.2f} {unit} over pi_SFT, {over_demo:+.2f} over "
+          f"the demonstrations,\n{number(best['share_of_golden_gain'][0], '.0%')} of what a "
+          "selector that knows golden gains over pi_SFT")
+
+
+def print_reward_models(records):
+    """What each reward model learned, means over seeds."""
+    print("\nwhat the reward models learned: accuracy and calibration error on held-out pairs; rank"
+          "\ncorrelation with golden reward and length; worth of the marks in sd of scores")
+    people = any(record["human_pairs"] for record in records)
+    columns = LEARNED if people else LEARNED[:-1]
+    widths = (9, 8, 8, 8, 8, 20)
+    print(f"{'':18}" + "".join(f"{title:>{width}}" for (_, title, _), width
+                               in zip(columns, widths)))
+    for name, mine in grouped(records, "reward_model").items():
+        print(f"  {name:16}" + "".join(f"{learned_cell(mine, column, ' +- '):>{width}}"
+                                       for (column, *_), width in zip(columns, widths)))
+
+
+def learned_cell(records, column, plus_minus):
+    """One cell of the table of reward models; agreement with people never without its interval."""
+    if column == "human_agreement":
+        mean, half = over_seeds(records, column, "human_ci95")
+        return f"{number(mean, '.3f')}{plus_minus}{number(half, '.3f')}"
+    return number(over_seeds(records, column)[0])
+
+
+def print_samples(samples, count=3):
+    """The first samples of evaluate.pick_samples, side by side."""
+    print("\nsamples side by side: golden / the first reward model's score")
+    for sample in samples[:count]:
+        prompt = sample["prompt"].strip()
+        prompt = prompt if len(prompt) < 200 else "..." + prompt[-200:]
+        print("\n" + textwrap.fill(repr(prompt), 98, initial_indent="  ", subsequent_indent="    "))
+        width = max(map(len, sample["writers"]))
+        for name, response in sample["writers"].items():
+            golden, proxy = number(response["golden"], "+.1f"), number(response["proxy"], "+.1f")
+            head = f"    {name:{width}}{golden:>6} / {proxy:>5}  "
+            print(textwrap.fill(" ".join(response["text"].split()), 98, initial_indent=head,
+                                subsequent_indent=" " * len(head)) or head.rstrip())
+    print()
+
+
+# ---- the page -----------------------------------------------------------------------------------
 
 def write_report(out, results, samples, world):
-    """Write out/report.html from what results.json holds, the samples of truth.pick_samples and
+    """Write out/report.html from what results.json holds, the samples of evaluate.pick_samples and
     their world (of any seed: only its kinds of clauses are read); returns its path."""
-    path, config, seeds = Path(out) / "report.html", results["config"], list(results["seconds"])
-    n, over = min(16, config["n_candidates"]), "seeds" if len(seeds) > 1 else "prompts"
-    task = (Path(config["demos"]).name if config["demos"] else
-            f"{config['task']}, heterogeneity {config['heterogeneity']:g}")
-    data = json.dumps(browser_data(samples, world, results["rows"], n), allow_nan=False)
+    path, settings = Path(out) / "report.html", results["settings"]
+    seeds = [str(seed) for seed in results["seconds"]]
+    n, over = results["summary"]["n"], "seeds" if len(seeds) > 1 else "prompts"
+    task = f"{settings['task']}, heterogeneity {settings['heterogeneity'] or 0:g}"
+    if settings["demos"]:
+        task = Path(settings["demos"]).name
+    pictures = {path.with_name(name): caption for name, caption in FIGURES.items()}
+    shown = {"command": results["command"], **results["versions"], **settings}
+    data = json.dumps(browser_data(samples, world, n), allow_nan=False)
     parts = {
         "TITLE": escape(f"{task}; seed {' to '.join(dict.fromkeys((seeds[0], seeds[-1])))}"),
         "GOLDEN": f"Golden reward per response ± 95% over {over}; no method sees it, except "
-                  "through preference labels." if results["summary"] else "",
-        "N": str(n), "SEED": seeds[0],
-        "VERDICT": escape(verdict(results, n)),
+                  "through preference labels." if results["summary"]["methods"] else "",
+        "N": str(n), "SEED": seeds[0], "VERDICT": escape(verdict(results)),
         "NOTES": "".join(f"<p>{escape(note)}</p>\n" for note in world.notes),
-        "GOLD": escape(judge_note(results["gold"])) if results.get("gold") else "",
-        "TABLE": result_table(results["rows"], n),
-        "LEARNED": learned_table(results["reward_models"]),
-        "FIGURES": "".join(figure(path.with_name(name), caption)
-                           for name, caption in FIGURES.items() if path.with_name(name).exists()),
+        "GOLD": escape(golden_note(results["golden"])) if results["golden"] else "",
+        "TABLE": result_table(results["rows"]), "LEARNED": learned_table(results["reward_models"]),
+        "FIGURES": "".join(figure(picture, caption) for picture, caption in pictures.items()
+                           if picture.exists()),
         "SETTINGS": "".join(f"<div><dt>{escape(key)}</dt><dd>{escape(str(value))}</dd></div>\n"
-                            for key, value in {"command": results["command"],
-                                               **results["versions"], **config}.items()
-                            if value is not None),
+                            for key, value in shown.items() if value is not None),
         "DATA": data.replace("<", "\\u003c")}       # no tag can end or begin in the script element
     template = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
     page = re.sub("<!-- ([A-Z]+) -->", lambda slot: parts[slot[1]], template)
@@ -63,32 +194,35 @@ def write_report(out, results, samples, world):
     return path
 
 
-def verdict(results, n):
+def verdict(results):
     """What came out, in a sentence or two: the reward model whose picks of n earn most golden
     reward, or that agrees most with people, or that nobody knows."""
-    learned, methods = by_model(results["reward_models"]), (results["summary"] or {}).get("methods")
+    learned = grouped(results["reward_models"], "reward_model")
+    methods, n = results["summary"]["methods"], results["summary"]["n"]
     if not learned:
         return "No reward model was asked for."
-    among = f"Of {counted(len(learned), 'reward models')} "
+    among = f"Of {plural(len(learned), 'reward models')} "
     if methods:
-        best = max((name for name in learned if name in methods),
-                   key=lambda name: methods[name]["gold"][0])
-        half = interval(by_writer(results["rows"], n)["bon", best], "gold_mean", "gold_ci95")
-        gold = {name: f"{method['gold'][0]:.2f}" for name, method in methods.items()}
-        unit = "log-odds by the trained judge" if results["gold"] else "points"
-        share = number(methods[best]["share_of_golden_gain"][0], "{:.0%}")
-        return (f"{among}{best} picks best: its best of {n} earns {gold[best]} ± {number(half)} "
-                f"{unit}, {share} of what a selector that knows golden gains over pi_SFT. "
-                f"pi_SFT: {gold['sft']}, demonstrations: {gold['demo']}, that selector: "
-                f"{gold['golden']}.")
-    said = "Nobody knows the golden reward of these data"
-    if not any(r["human_pairs"] for r in results["reward_models"]):
-        return f"{said}, and no held-out pairs say what people prefer: read the samples."
-    best = max(learned, key=lambda name: over_seeds(learned[name], "human_agreement"))
-    mean, half = agreement(learned[best])
+        golden = {name: method["golden"][0] for name, method in methods.items()}
+        models = [name for name in learned if f"best of {n}, {name}" in methods]
+        best = max(models, key=lambda name: golden[f"best of {n}, {name}"])
+        name = f"best of {n}, {best}"
+        _, half = over_seeds(grouped(results["rows"], "name")[name], "golden", "golden_ci95")
+        unit = "log-odds by the trained model" if results["golden"] else "points"
+        share = number(methods[name]["share_of_golden_gain"][0], ".0%")
+        return (f"{among}{best} picks best: its best of {n} earns {golden[name]:.2f} ± "
+                f"{number(half)} {unit}, {share} of what a selector that knows golden gains over "
+                f"pi_SFT. pi_SFT: {golden['pi_SFT']:.2f}, demonstrations: "
+                f"{golden['demonstrations']:.2f}, that selector: "
+                f"{golden[f'best of {n}, golden']:.2f}.")
+    unknown = "Nobody knows the golden reward of these data"
+    if not any(record["human_pairs"] for record in results["reward_models"]):
+        return f"{unknown}, and no held-out pairs say what people prefer: read the samples."
+    best = max(learned, key=lambda name: over_seeds(learned[name], "human_agreement")[0])
+    mean, half = over_seeds(learned[best], "human_agreement", "human_ci95")
     chance = "above chance" if mean - half > 0.5 else "which chance may explain"
-    return (f"{said}. {among}{best} agrees most with people, on {mean:.3f} ± {half:.3f} of "
-            f"{counted(learned[best][0]['human_pairs'], 'held-out pairs')}, {chance}.")
+    return (f"{unknown}. {among}{best} agrees most with people, on {mean:.3f} ± {half:.3f} of "
+            f"{plural(learned[best][0]['human_pairs'], 'held-out pairs')}, {chance}.")
 
 
 def figure(path, caption):
@@ -113,33 +247,30 @@ def table(caption, header, lines):
             f"<thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>")
 
 
-def result_table(rows, n):
+def result_table(rows):
     """Golden reward beside every proxy: the table that a run prints."""
     lines = []
-    for (method, name), mine in by_writer(rows, n).items():
-        gold, half = over_seeds(mine, "gold_mean"), number(interval(mine, "gold_mean", "gold_ci95"))
-        label = f"best of {n}, {name}" if method == "bon" else WRITERS.get(method, name)
-        lines.append(((label, COLORS.get(mine[0]["reward_model"])),
-                      number(gold) + (f" ± {half}" if half != "-" else ""),
-                      *(number(over_seeds(mine, key), form) for key, _, form in COLUMNS)))
-    return table("Golden reward beside every proxy",
-                 ("writer", "golden, points", *(title for _, title, _ in COLUMNS)), lines)
+    for name, mine in grouped(rows, "name").items():
+        golden, half = map(number, over_seeds(mine, "golden", "golden_ci95"))
+        # "best of 16, init-sft" and "policy optimisation, init-sft 0.3" have init-sft's colour.
+        source = name.partition(", ")[2].partition(" ")[0]
+        lines.append(((name, COLORS.get(source)), golden + (f" ± {half}" if half != "-" else ""),
+                      *(number(over_seeds(mine, column)[0], form)
+                        for column, *_, form in COLUMNS)))
+    titles = [title for *_, title, _ in COLUMNS]
+    return table("Golden reward beside every proxy", ("writer", "golden, points", *titles), lines)
 
 
 def learned_table(records):
     """What the reward models learned: the second table that a run prints."""
-    known, lines = [part for part in LEARNED if any(r[part[0]] for r in records)], []
-    for name, mine in by_model(records).items():
-        cells = {key: number(over_seeds(mine, key)) for key, _ in known}
-        if "human_agreement" in cells:
-            mean, half = agreement(mine)
-            cells["human_agreement"] = f"{number(mean, '{:.3f}')} ± {number(half, '{:.3f}')}"
-        lines.append(((name, COLORS[name]), *cells.values()))
+    known = [part for part in LEARNED if any(record[part[0]] for record in records)]
+    lines = [((name, COLORS[name]), *(learned_cell(mine, column, " ± ") for column, *_ in known))
+             for name, mine in grouped(records, "reward_model").items()]
     return table("What the reward models learned",
-                 ("reward model", *(title for _, title in known)), lines)
+                 ("reward model", *(title for *_, title in known)), lines)
 
 
-# ---- the browser of samples ----------------------------------------------------------------------
+# ---- the browser of samples ---------------------------------------------------------------------
 
 def clauses(world, prompt, text):
     """[kind, piece] pairs whose pieces join to the response: clauses by their kind, between them
@@ -156,16 +287,20 @@ def clauses(world, prompt, text):
     return pieces
 
 
-def browser_data(samples, world, rows, n):
-    """What the page's script reads: pick_samples' samples in clauses, with the points of each."""
-    names = {"pi_0": "pi_0", "pi_SFT": "pi_SFT", "demonstration": "demonstration",
-             "optimised": next((name_of(r) for r in rows if r["method"] == "po"), None)}
-    prompts = [{
-        "prompt": x.strip(), "points": world.values(x) if world.values else {},
-        "writers": [{"name": names[name], "golden": said["golden"],
-                     "said": clauses(world, x, said["text"])}
-                    for name, said in sample["writers"].items() if name in names],
-        "said": [clauses(world, x, text) for text in sample["candidates"]["text"]],
-        "scores": sample["candidates"]["scores"],
-    } for sample in samples if "candidates" in sample for x in [sample["prompt"]]]
+def browser_data(samples, world, n):
+    """What the page's script reads: pick_samples' samples in clauses, with the points of each. The
+    selectors' picks are left out, since the script finds them itself, for every n."""
+    prompts = []
+    for sample in samples:
+        if "candidates" not in sample:
+            continue
+        x = sample["prompt"]
+        prompts.append({
+            "prompt": x.strip(), "points": world.values(x) if world.values else {},
+            "writers": [{"name": name, "golden": response["golden"],
+                         "response": clauses(world, x, response["text"])}
+                        for name, response in sample["writers"].items()
+                        if not name.startswith("best of")],
+            "candidates": [clauses(world, x, text) for text in sample["candidates"]["text"]],
+            "scores": sample["candidates"]["scores"]})
     return {"n": n, "colors": COLORS, "prompts": prompts}

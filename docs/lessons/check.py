@@ -22,10 +22,10 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))     # the project's modules
 
 import divergences                                                      # noqa: E402
-from model import Batch, InputError                                     # noqa: E402
+from model import Batch                                                 # noqa: E402
 from reward import LogRatio                                             # noqa: E402
 from toy_envs import gridworld, token_mdp                               # noqa: E402
-from train import run_script                                            # noqa: E402
+from utils.cli import InputError, run_script                            # noqa: E402
 
 
 class Hint(Exception):
@@ -74,8 +74,8 @@ def same(a, b):
 def compare(what, got, right, mistakes=()):
     """Nothing if got is right; else the Hint of the mistake (hint, value) that gives just this."""
     def shown(x):
-        values = ", ".join(f"{v:.4g}" for v in x.detach().double().flatten()[:4].tolist())
-        return values + ", ..." * (x.numel() > 4)
+        numbers = [f"{v:.4g}" for v in x.detach().double().flatten().tolist()]
+        return ", ".join(numbers[:4] + ["..."] if len(numbers) > 4 else numbers)
     if same(got, right):
         return
     for hint, wrong in mistakes:
@@ -338,13 +338,15 @@ def main(argv):
     known = [str(number) for number in range(1, len(CHECKERS) + 1)]
     if len(argv) > 1 or not set(argv) <= set(known):
         raise InputError(f"give one number from 1 to {known[-1]}, or nothing for a list of all")
-    said = {number: check(int(number)) for number in argv or known}
-    for number, what in said.items():
-        if not argv and what != "solved":
-            what = "not started" if "returns None" in what else "not right yet"
-        name = CHECKERS[int(number) - 1].__name__.removeprefix("check_")
-        print(f"exercise {number}: {what}" if argv else f"{number:>2}  {name:<22}{what}")
-    sys.exit(bool(argv) and said[argv[0]] != "solved")
+    if argv:
+        answer = check(int(argv[0]))
+        print(f"exercise {argv[0]}: {answer}")
+        sys.exit(answer != "solved")
+    for number, checker in enumerate(CHECKERS, 1):
+        state = check(number)
+        if state != "solved":
+            state = "not started" if "returns None" in state else "not right yet"
+        print(f"{number:>2}  {checker.__name__.removeprefix('check_'):<22}{state}")
 
 
 if __name__ == "__main__":
