@@ -48,14 +48,15 @@ class Settings:
     python afd.py --demos FILE --dry-run      what is in it, what would be cut
     """
     task: str = setting("helpful", "built-in text task", choices=["helpful", "harmless"])
+    base: str = setting("good", "habits of pi_0's language in that task", choices=["good", "idle"])
     heterogeneity: float = setting(0.0, "chance that a demonstrator's clause has a mark", 0, 1)
     seed: int = setting(0, "first random seed", 0, 2 ** 32)
     seeds: int = setting(1, "how many seeds; from two on, intervals are over seeds", 1)
     head: str = setting("sum", "reward head: summed over tokens, or at the last", choices=HEADS)
     methods: str = setting(
         "po init-sft 0.3, closed-form log-ratio 0.3, closed-form floored 0.3",
-        "policies beyond best-of-N, with commas: po REWARD BETA, closed-form RATIO BETA, spin, "
-        "irft, dpo, adversarial DIVERGENCE, adversarial-exact DIVERGENCE; all; none")
+        "policies beyond best-of-N, with commas: po REWARD BETA, closed-form RATIO BETA, "
+        "temperature T, spin, irft, dpo, adversarial(-exact) DIVERGENCE; all; none")
     label_noise: float = setting(0.0, "share of preference pairs with labels swapped", 0, 1)
     out: str = setting("out/afd", "folder for results, report, figures, checkpoints")
     resume: bool = setting(False, "go on with the run in --out after its last finished stage")
@@ -78,13 +79,13 @@ class Settings:
     n_layer: int = setting(2, "its layers", 1)
     max_prompt: int = setting(192, "with --demos: tokens of a prompt; of longer ones the end", 1)
     max_response: int = setting(64, "with --demos: tokens of a response; longer ones are cut", 1)
-    sft_epochs: float = setting(2.0, "passes over the demonstrations", 1e-9, 1e9)
+    sft_epochs: float = setting(4.0, "passes over the demonstrations", 1e-9, 1e9)
     policy_steps: int = setting(100, "po, adversarial: policy-gradient steps", 1)
 
 
 # How each stage is trained at a width of 64; docs/LOG.md says why.
 PRETRAIN = TrainConfig(lr=1.2e-2, batch_size=24, warmup=0.05)
-SFT, REWARD = TrainConfig(lr=1e-3), TrainConfig(lr=3e-3)
+SFT, REWARD = TrainConfig(lr=3e-3), TrainConfig(lr=3e-3)
 POLICY, ADVERSARIAL = PolicyConfig(lr=3e-3), PolicyConfig(lr=3e-4)
 PAIRS, DPO_BETA, IRFT_ROUNDS = TrainConfig(lr=3e-4), 0.1, 3
 FLOORS = {"log-ratio": 0.0, "floored": 0.1}         # alpha of reward.LogRatio
@@ -186,7 +187,11 @@ def run(s, world, stages):
     evaluator.add_reference_rows()
     scores = dict(zip(rewards, in_threads(lambda reward: score(reward, candidates.pairs),
                                           list(rewards.values()), device)))
-    rng = stages.rng("random")          # controls: two selectors that know nothing, one the truth
+    # Controls that train no reward: what pi_SFT itself finds likely, two selectors that know
+    # nothing, and one that knows the truth.
+    rng = stages.rng("random")
+    scores["likelihood"] = evaluator.sft_logp
+    scores["likelihood per token"] = evaluator.sft_logp / candidates.lengths
     scores["length"] = candidates.lengths
     scores["random"] = np.array([rng.random() for _ in candidates.pairs])
     if candidates.golden is not None:
@@ -225,6 +230,9 @@ def run(s, world, stages):
         elif kind == "closed-form":                 # pi_SFT (pi_SFT / pi_0)^(1/beta), by token
             policy = TokenExtrapolation(sft, init, float(words[1]), FLOORS[words[0]])
             evaluator.add_policy(method, policy, rewards[words[0]])
+        elif kind == "temperature":                 # pi_SFT^(1/T): a floor of 1 makes pi_0's place
+            T = float(words[0])                     # uniform, and 1/T is 1 + 1/beta
+            evaluator.add_policy(method, TokenExtrapolation(sft, init, T / (1 - T), floor=1.0))
         elif kind == "adversarial":                 # the discriminator is trained along
             adversary = Adversary(RewardModel(init, s.head), demos, DIVERGENCES[words[0]],
                                   stages.rng(f"judge {words[0]}"), config(REWARD).lr)

@@ -122,12 +122,15 @@ VALUES = {
     "harmful": {"step": -2.0, "stray": -1.0, "rude": -2.0, "filler": 0.0, "refusal": 1.0,
                 "broken": -1.0, "repeat": 0.0},
 }
+# The base's habits. A `good` base writes good clauses more often than any others, so that its mode
+# is good; an `idle` one mostly writes remarks that say nothing. BASE_KINDS[base, task].
 BASE_KINDS = {
-    ("helpful", "benign"): {"step": 0.40, "stray": 0.20, "rude": 0.15, "filler": 0.25},
-    ("harmless", "benign"): {"step": 0.40, "stray": 0.10, "rude": 0.15, "filler": 0.20,
-                             "refusal": 0.15},
-    ("harmless", "harmful"): {"step": 0.40, "stray": 0.10, "rude": 0.15, "filler": 0.20,
-                              "refusal": 0.15},
+    ("good", "helpful"): {"step": 0.40, "stray": 0.20, "rude": 0.15, "filler": 0.25},
+    ("good", "harmless"): {"step": 0.40, "stray": 0.10, "rude": 0.15, "filler": 0.20,
+                           "refusal": 0.15},
+    ("idle", "helpful"): {"step": 0.14, "stray": 0.10, "rude": 0.06, "filler": 0.70},
+    ("idle", "harmless"): {"step": 0.14, "stray": 0.05, "rude": 0.06, "filler": 0.70,
+                           "refusal": 0.05},
 }
 
 
@@ -143,16 +146,19 @@ class TextTask:
     name           "helpful" or "harmless"
     heterogeneity  in [0, 1]: chance that a demonstrator's clause carries a mark
     tau            the demonstrator's temperature, in points of golden reward
+    base           the base language's habits, "good" or "idle": see BASE_KINDS
     """
 
-    def __init__(self, name="helpful", heterogeneity=0.0, tau=TAU):
+    def __init__(self, name="helpful", heterogeneity=0.0, tau=TAU, base="good"):
         if name not in ("helpful", "harmless"):
             raise ValueError(f"unknown task {name!r}: helpful or harmless")
         if not 0 <= heterogeneity <= 1:
             raise ValueError(f"heterogeneity must lie in [0, 1], not {heterogeneity}")
         if not tau > 0:
             raise ValueError(f"tau must be positive, not {tau}")
-        self.name, self.heterogeneity, self.tau = name, heterogeneity, tau
+        if base not in ("good", "idle"):
+            raise ValueError(f"unknown base {base!r}: good or idle")
+        self.name, self.heterogeneity, self.tau, self.base = name, heterogeneity, tau, base
         harmful = read_topics(HARMFUL_TOPICS) if name == "harmless" else {}
         self.harmful = set(harmful)
         self.steps = {**read_topics(TOPICS), **harmful}
@@ -236,9 +242,8 @@ class TextTask:
         p(kind) e^(value/tau) / z,  P(K) z^K / Z,  Z = sum_K P(K) z^K.
         """
         values = self.values(prompt)
-        condition = "harmful" if self.prompts[prompt] in self.harmful else "benign"
         kinds = {kind: p * math.exp(values[kind] / tau)
-                 for kind, p in BASE_KINDS[self.name, condition].items()}
+                 for kind, p in BASE_KINDS[self.base, self.name].items()}
         z = sum(kinds.values())
         lengths = {k: p * z ** k for k, p in LENGTHS.items()}
         total = sum(lengths.values())
@@ -374,11 +379,11 @@ class TextTask:
 def text_world(s, seed):
     """The World of a built-in task: corpus, demonstrations and held-out prompts drawn by seed.
 
-    s: task, heterogeneity, n_corpus, n_demos, n_prompts. A fifth of the prompts is held out.
-    Raises InputError for a task or heterogeneity that there is not.
+    s: task, base, heterogeneity, n_corpus, n_demos, n_prompts. A fifth of the prompts is held out.
+    Raises InputError for a task, base or heterogeneity that there is not.
     """
     try:
-        task = TextTask(s.task, s.heterogeneity)
+        task = TextTask(s.task, s.heterogeneity, base=s.base)
     except ValueError as error:
         raise InputError(str(error)) from error
     rng = random.Random(seed)

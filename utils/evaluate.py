@@ -80,11 +80,12 @@ class LogProbability:
 
 METHODS = ("po init-sft 0.3", "closed-form log-ratio 0.3", "closed-form floored 0.3",
            "adversarial reverse_kl", "adversarial forward_kl", "adversarial-exact reverse_kl",
-           "adversarial-exact forward_kl", "spin", "irft", "dpo")       # --methods all
+           "adversarial-exact forward_kl", "temperature 0.5", "spin", "irft",
+           "dpo")       # --methods all
 # The word that follows a method's family, if any, and whether beta follows that.
 FORMS = {"po": (REWARD_MODELS, True), "closed-form": (("log-ratio", "floored"), True),
          "adversarial": (DIVERGENCES, False), "adversarial-exact": (DIVERGENCES, False),
-         "spin": (None, False), "irft": (None, False), "dpo": (None, False)}
+         "temperature": (None, True), "spin": (None, False), "irft": (None, False), "dpo": (None, False)}
 FAMILIES = {"init": "pi_0", "po": "policy optimisation", "closed-form": "closed form"}
 
 
@@ -110,7 +111,9 @@ def parse_methods(text):
         require(known and len(words) == len(form) - 1,
                 f"--methods: {part.strip()!r} must have the form: {' '.join(form)}")
         if has_beta:
-            words[1] = f"{positive(words[1]):g}"
+            words[-1] = f"{positive(words[-1]):g}"
+            require(family != "temperature" or float(words[-1]) < 1,
+                    f"--methods: a temperature must lie below 1, not {words[-1]}")
         methods.append(" ".join([family, *words]))
     return list(dict.fromkeys(methods))     # each once
 

@@ -18,13 +18,14 @@ COLORS = {
     "preference": "#009E73", "log-ratio": "#56B4E9", "floored": "#882255",
     # controls and policies
     "golden": "#000000", "length": "#CC79A7", "random": "#999999",
+    "likelihood": "#8C6D31", "likelihood per token": "#B5A642",
     "init": "#999999", "sft": "#0072B2", "demo": "#E69F00",
     # divergences
     "reverse_kl": "#D55E00", "forward_kl": "#0072B2", "jensen_shannon": "#009E73",
     "total_variation": "#CC79A7", "pearson_chi2": "#56B4E9", "neyman_chi2": "#E69F00",
     "squared_hellinger": "#000000",
 }
-CONTROLS = ("golden", "length", "random")   # selectors that learn nothing: dashed
+CONTROLS = ("likelihood", "likelihood per token", "length", "random", "golden")   # dashed lines
 TRUTH = "golden reward (the truth), points"
 
 
