@@ -44,7 +44,7 @@ class Settings:
     python afd.py                             the helpful task, one seed
     python afd.py --task harmless --seeds 5   means, intervals over five seeds
     python afd.py --heterogeneity 1           the demonstrator is another writer
-    python afd.py --demos FILE                your own data (--gold: a golden reward)
+    python afd.py --demos FILE                your own data
     python afd.py --demos FILE --dry-run      what is in it, what would be cut
     """
     task: str = setting("helpful", "built-in text task", choices=["helpful", "harmless"])

@@ -165,7 +165,7 @@ ROWS, CACHE_NUMBERS = 1024, 2 ** 29     # samples side by side, numbers in their
 @torch.inference_mode()
 def generate(policy, prompts, n=1, temperature=1.0, max_new_tokens=None, generator=None,
              label=None):
-    """n sampled responses to each prompt: y ~ pi(.|x), or pi^(1/temperature), token by token.
+    """n sampled responses to each prompt: y ~ pi(.|x), or pi^(1/temperature > 0), by token.
 
     prompts: lists of token ids. Returns [prompt][sample], lists of ids. A response ends with the
     policy's eos_token_id, which is part of it, or after max_new_tokens (None: as many as

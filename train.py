@@ -70,6 +70,7 @@ def fit(model, items, loss_fn, config, rng, held_out=(), label="fit"):
                 part_loss, part_count = loss_fn(model, part)
             part_loss.backward()        # gradients add up over the parts ...
             loss, count = loss + part_loss.item(), count + part_count
+        count = max(count, 1)           # a batch without a single target has no loss
         for p in model.parameters():    # ... and are divided once, by all terms of the batch:
             p.grad /= count             # no part's terms count more than another's
         norm = take_step(model, optimizer, config, step, steps)
@@ -131,7 +132,7 @@ def mean_loss(model, items, loss_fn, config):
             with autocast(model, config):
                 loss, n = loss_fn(model, part)
             total, count = total + loss.item(), count + n
-    return total / count
+    return total / max(count, 1)
 
 
 # ---- batches ------------------------------------------------------------------------------------
@@ -203,6 +204,8 @@ def fine_tune(policy, pairs, held_out, config, rng, label="sft"):
         # target: its log-probability is -inf.
         writable = batch.response_mask() & policy.suppress.isfinite()[batch.tokens]
         logp = logp_at(policy, batch, writable)
+        if len(logp) == 0:      # no target in this part: the mean of nothing would be nan
+            return logp.sum(), 0
         return sft_loss(logp) * len(logp), len(logp)
     history = fit(policy, [(pair,) for pair in pairs], loss_fn, config, rng,
                   [(pair,) for pair in held_out], label)
