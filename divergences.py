@@ -25,10 +25,10 @@ Two KLs, two behaviours (kl(log_p, log_q) is always KL(p || q); F.kl_div reverse
  9. Forward KL has f = u log u, hence r = u, and E_pi[u grad log pi] = E_beta[grad log pi]: SFT.
 10. For the other five only r(h) changes: the table below.
 
-**Why r is held constant.** r depends on pi through u, but line 5 has already counted that
-dependence. Differentiating r as well counts it twice: for reverse KL this adds E_pi[grad h] = 0,
-noise for nothing; for forward KL it adds E_pi[grad u] = -E_beta[grad log pi] and cancels the
-whole gradient.
+**Why r is held constant.** r depends on pi through u, but line 5 has already counted that. The code
+maximises r log pi, so a missing detach adds E_pi[log pi grad r]: for reverse KL the gradient of the
+entropy, which moves the optimum from beta to beta^(1/2), normalised; for forward KL
+-E_beta[log pi grad log pi], which moves it to pi proportional to beta (1 - log pi).
 
 **Why r is not kept.** It is the slope at today's pi. Kept fixed for many steps, E_pi[r] is linear
 in pi and its maximum puts all mass on argmax r: one response, even where pi equalled beta an

@@ -303,13 +303,25 @@ def test_surrogate_over_samples_is_the_mean_of_reward_times_score():
                                    allow_unused=True)[0]
 
 
-def test_a_differentiated_reward_would_cancel_the_forward_kl():
-    """The docstring's claim. A failure means that it teaches something false."""
-    log_beta, logits = random_pair()
-    log_pi = logits.log_softmax(-1)
-    value = (log_pi.exp().detach() * (log_beta - log_pi).exp()).sum()    # adds E_pi[grad u]
-    score = policy_surrogate(FORWARD_KL, log_beta - log_pi, log_pi, weights=log_pi.exp())
-    torch.testing.assert_close(gradient(value + score, logits), torch.zeros(7).double())
+@pytest.mark.parametrize("divergence", [REVERSE_KL, FORWARD_KL], ids=lambda d: d.name)
+def test_a_reward_that_is_not_detached_moves_the_optimum(divergence):
+    """The docstring's claim, where it says the optimum goes; at beta itself the gradient is not
+    zero then. A failure means that the page teaches something false."""
+    log_beta, _ = random_pair()
+
+    def slope(log_pi):
+        logits = log_pi.clone().requires_grad_()
+        log_pi = logits.log_softmax(-1)
+        reward = divergence.reward(log_beta - log_pi)           # not detached
+        return gradient((log_pi.exp().detach() * reward * log_pi).sum(), logits)
+    if divergence is REVERSE_KL:
+        optimum = (log_beta / 2).log_softmax(-1)
+    else:       # pi = beta (1 - log pi) / Z, by iterating it
+        optimum = log_beta
+        for _ in range(200):
+            optimum = (log_beta + (1 - optimum).log()).log_softmax(-1)
+    torch.testing.assert_close(slope(optimum), torch.zeros_like(log_beta), rtol=0, atol=1e-10)
+    assert slope(log_beta).abs().max() > 1e-2 and (optimum - log_beta).abs().max() > 0.1
 
 
 def test_fairl_reward_moves_away():
