@@ -18,7 +18,6 @@ import os
 import platform
 import random
 import re
-import resource
 import statistics
 import sys
 import time
@@ -194,11 +193,11 @@ def take_turns(functions, repeats, device):
 
 
 def peak_rss():
-    """The process's largest resident memory so far, MB."""
-    status = Path("/proc/self/status")      # Linux's ru_maxrss starts at the parent's
-    if not status.exists():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20     # macOS: bytes
-    return int(status.read_text().split("VmHWM:")[1].split()[0]) / 2 ** 10
+    """The process's largest resident memory so far, MB; nan but on Linux, whose ru_maxrss would
+    start at the parent's."""
+    status = Path("/proc/self/status")
+    peak = re.search(r"VmHWM:\s*(\d+)", status.read_text()) if status.exists() else None
+    return int(peak[1]) / 2 ** 10 if peak else math.nan
 
 
 def peak_of(part, size, shape, name, device):
