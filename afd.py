@@ -214,7 +214,6 @@ def run(s, world, stages):
             pairs = [(x, y) for x, group in zip(ids, ys) for y in group]
             seen.append(evaluator.measure(pairs))       # the truth, which the learner never sees
             return pairs
-        stages.begin(f"6 {method}: {plural(s.policy_steps, 'policy-gradient steps')}")
         policy = stages.load(method, GPT)
         if policy is None:
             policy, history = train.optimise_policy(
@@ -224,6 +223,7 @@ def run(s, world, stages):
 
     for method in s.methods:            # "po init-sft 0.3", as in the table
         kind, *words = method.split()
+        stages.begin(f"6 {method}")
         if kind == "po" and words[0] in rewards:    # max E_pi[r] - beta KL(pi || pi_SFT)
             policy = optimise(method, rewards[words[0]], POLICY, float(words[1]))
             evaluator.add_policy(method, policy, rewards[words[0]])
@@ -258,7 +258,7 @@ def run(s, world, stages):
 
     return {"rows": evaluator.rows, "best_of_n": evaluator.curve,
             "reward_models": inspect_rewards(world, stages.seed, rewards, data, scores, candidates),
-            "curves": {method: stages.history(method) for method in s.methods},
+            "curves": {m: stages.history(m) for m in s.methods if m.startswith(("po", "adv"))},
             "samples": pick_samples(evaluator, scores, n), "seconds": stages.end(),
             "golden": world.golden_note}
 

@@ -18,7 +18,6 @@ import os
 import platform
 import random
 import re
-import resource
 import statistics
 import sys
 import time
@@ -119,7 +118,7 @@ def train_case(config, device, batch_size, steps, *ranges):
     rng = random.Random(0)
     items = [((random_ids(rng, config, *ranges[:2]), random_ids(rng, config, *ranges[2:])),)
              for _ in range(steps * batch_size)]
-    batches = train.length_batches(items, batch_size, random.Random(0))
+    batches = train.random_batches(items, batch_size, random.Random(0))
     ours = our_loss, train.TrainConfig(batch_size=batch_size), random.Random(0)
     return sum(map(train.item_length, items)), {
         "ours": lambda: partial(train.fit, GPT(config).to(device), items, *ours),
@@ -194,11 +193,11 @@ def take_turns(functions, repeats, device):
 
 
 def peak_rss():
-    """The process's largest resident memory so far, MB."""
-    status = Path("/proc/self/status")      # Linux's ru_maxrss starts at the parent's
-    if not status.exists():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20     # macOS: bytes
-    return int(status.read_text().split("VmHWM:")[1].split()[0]) / 2 ** 10
+    """The process's largest resident memory so far, MB; nan but on Linux, whose ru_maxrss would
+    start at the parent's."""
+    status = Path("/proc/self/status")
+    peak = re.search(r"VmHWM:\s*(\d+)", status.read_text()) if status.exists() else None
+    return int(peak[1]) / 2 ** 10 if peak else math.nan
 
 
 def peak_of(part, size, shape, name, device):

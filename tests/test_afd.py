@@ -133,7 +133,7 @@ def test_rows_hold_together(run):
             assert best["golden"] >= row["golden"] - 1e-9
             assert points[name, 1]["golden"] == pytest.approx(sft["golden"])
             assert points[name, 1]["kl"] == 0
-            # Two responses may be equally long: there the curve takes the last, the table the first.
+            # Of equally long responses the curve takes the last, the table the first.
             for column in ("proxy", "kl") if name == "length" else ("golden", "proxy", "kl"):
                 assert points[name, 4][column] == pytest.approx(row[column])
             assert row["kl"] == (0 if name == "random" else best_of_n_kl(4))
@@ -155,7 +155,7 @@ def test_every_method_is_measured(run):
             for column in known:
                 assert math.isfinite(row[column]), (method, column)
             assert row["kl"] > -1 and 0 < row["distinct"] <= 1
-    assert set(run[1]["curves"]["0"]) == {*METHODS_RUN}
+    assert set(run[1]["curves"]["0"]) == {*TRAINED}
     for method in TRAINED:
         curve = run[1]["curves"]["0"][method]
         known = {"step", "proxy", "kl", "entropy", "length", "golden", "loss", "grad_norm"}
@@ -200,72 +200,76 @@ def test_a_stage_s_randomness_is_its_own(run, tmp_path):
 
 # ---- who is given what --------------------------------------------------------------------------
 
+LOOPS = ("fine_tune", "train_reward", "optimise_policy", "fit_pairs")
+# What `story` replaces, as it is: a second story must not wrap the wrappers of the first.
+REAL = SimpleNamespace(**{name: getattr(afd.train, name) for name in LOOPS}, generate=afd.generate,
+                       Evaluator=afd.Evaluator, sample_responses=afd.sample_responses)
+
+
+def note_training(monkeypatch, seen):
+    """seen.given: {label: what each call of a training loop is given, with its result}. The loops
+    do not train, but change the weights, so that no two models are the same."""
+    def noting(function):
+        signature = inspect.signature(function)
+
+        def loop(*args):
+            bound = signature.bind(*args)
+            bound.apply_defaults()
+            given = SimpleNamespace(**bound.arguments, result=copy.deepcopy(args[0]))
+            with torch.no_grad():
+                for p in given.result.parameters():
+                    p += 0.01
+            seen.given.setdefault(given.label, []).append(given)
+            return given.result, []
+        return loop
+    for name in LOOPS:
+        monkeypatch.setattr(afd.train, name, noting(getattr(REAL, name)))
+
+
+def note_sampling(monkeypatch, seen):
+    """seen.writers: {label: [(policy, the pairs that it wrote)]}; seen.sampled: the policies that
+    wrote to held-out prompts; seen.measured: {method: (policy, reward)}; seen.reference: of KLs."""
+    def generate(policy, prompts, n=1, **how):
+        responses = REAL.generate(policy, prompts, n, **how)
+        pairs = [(x, y) for x, ys in zip(prompts, responses) for y in ys]
+        seen.writers.setdefault(how["label"], []).append((policy, pairs))
+        return responses
+
+    def sample_responses(world, policy, *rest):
+        seen.sampled.append(policy)
+        return REAL.sample_responses(world, policy, *rest)
+
+    class Evaluator(REAL.Evaluator):
+        def __init__(self, world, sft, *rest):
+            seen.reference = sft
+            super().__init__(world, sft, *rest)
+
+        def add_policy(self, method, policy, reward=None):
+            seen.measured[method] = policy, reward
+            return super().add_policy(method, policy, reward)
+    for replacement in (generate, sample_responses, Evaluator):
+        monkeypatch.setattr(afd, replacement.__name__, replacement)
+
+
 @pytest.fixture
 def story(monkeypatch, tmp_path_factory):
-    """tell(flags): afd.run with loops that note what they are given instead of training.
-
-    What it returns has by name the `policies`, the `writers` (whose samples), what was `given` to
-    each loop, a list for each of its labels, and what was `measured`: method -> (policy, reward).
-    """
+    """tell(flags): afd.run, noting who is given what. Nothing is trained."""
     def tell(*flags):
-        seen = SimpleNamespace(policies={}, writers={}, given={}, measured={}, sampled=[])
-
-        def note(function):
-            signature = inspect.signature(function)
-
-            def loop(*args):
-                given = signature.bind(*args)
-                given.apply_defaults()
-                given, model = SimpleNamespace(**given.arguments), copy.deepcopy(args[0])
-                with torch.no_grad():       # as training would: no two policies are the same
-                    for p in model.parameters():
-                        p += 0.01
-                given.result = model
-                seen.given.setdefault(given.label, []).append(given)
-                return model, []
-            return loop
-        for name in ("fine_tune", "train_reward", "optimise_policy", "fit_pairs"):
-            monkeypatch.setattr(afd.train, name, note(getattr(train_loops, name)))
-
-        def generate(policy, prompts, n=1, **how):
-            responses = train_loops.generate(policy, prompts, n, **how)
-            pairs = [(x, y) for x, ys in zip(prompts, responses) for y in ys]
-            seen.writers.setdefault(how["label"], []).append((policy, pairs))
-            return responses
-        monkeypatch.setattr(afd, "generate", generate)
-
-        class Evaluator(train_loops.Evaluator):
-            def __init__(self, world, sft, *rest):
-                seen.reference = sft
-                super().__init__(world, sft, *rest)
-
-            def add_policy(self, method, policy, reward=None):
-                seen.measured[method] = policy, reward
-                return super().add_policy(method, policy, reward)
-        monkeypatch.setattr(afd, "Evaluator", Evaluator)
-
-        def sample_responses(world, policy, *rest):
-            seen.sampled.append(policy)
-            return train_loops.sample_responses(world, policy, *rest)
-        monkeypatch.setattr(afd, "sample_responses", sample_responses)
+        seen = SimpleNamespace(given={}, writers={}, sampled=[], measured={})
+        note_training(monkeypatch, seen)
+        note_sampling(monkeypatch, seen)
         s = afd.parse_settings(afd.Settings, [*SMALL, *flags])
         afd.check(s)
         seen.world = text_world(s, s.seed)
-        afd.run(s, seen.world, Run(tmp_path_factory.mktemp("story"), s.seed,
-                                   torch.device("cpu"), seen.world.tokenizer))
+        afd.run(s, seen.world, Run(tmp_path_factory.mktemp("story"), s.seed, torch.device("cpu"),
+                                   seen.world.tokenizer))
         seen.demos = [seen.world.pair(x, y) for x, y in seen.world.demos]
-        if "pretrain" in seen.given:
-            seen.init = seen.given["pretrain"][0].result
         seen.sft = seen.given["sft"][0].result
+        seen.init = seen.given["sft"][0].policy
+        if "pretrain" in seen.given:
+            assert seen.init is seen.given["pretrain"][0].result
         return seen
     return tell
-
-
-# What `story` replaces, as it is: a second call must not wrap the wrappers.
-train_loops = SimpleNamespace(
-    **{name: getattr(afd.train, name)
-       for name in ("fine_tune", "train_reward", "optimise_policy", "fit_pairs")},
-    generate=afd.generate, Evaluator=afd.Evaluator, sample_responses=afd.sample_responses)
 
 
 def sources(given):
@@ -309,7 +313,7 @@ def test_pretraining_and_sft_are_given_their_texts(story):
     pretrain, sft = seen.given["pretrain"][0], seen.given["sft"][0]
     assert len(pretrain.pairs) == 300 and not pretrain.held_out
     assert not any(prompt for prompt, _ in pretrain.pairs)
-    assert sft.policy is seen.init
+    assert sft.policy is pretrain.result
     assert sorted(sft.pairs + sft.held_out) == sorted(seen.demos) and len(sft.held_out) == 3
     # Candidates and what they are compared with are of pi_SFT; KLs are to pi_SFT.
     assert seen.reference is seen.sft and all(policy is seen.sft for policy in seen.sampled)

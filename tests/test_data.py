@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from utils import data
 from utils.cli import InputError
 from utils.data import (describe, file_world, load_golden, read_examples, read_lines, read_prompts,
-                        read_texts, show_pair, split_dialogue)
+                        read_texts)
 from utils.tokenizer import bpe_tokenizer
 
 GOOD = {"prompt": "why?", "response": "because"}
@@ -134,7 +134,7 @@ BAD = [
     ({"prompt": "x", "response": 3}, "the field 'response' is missing or not a string"),
     ({"prompt": " ", "response": "y"}, "the field 'prompt' is empty"),
     ({"prompt": "x", "response": ""}, "the field 'response' is empty"),
-    ({"chosen": "x"}, "a dialogue needs"),
+    ({"chosen": "x"}, "a dialogue needs"), ({"chosen": "\n\nAssistant: x"}, "a dialogue needs"),
     ({**CHOSEN, "rejected": 1}, "the field 'rejected'"),
     ({"prompt": "x", "chosen": "y"}, "the field 'rejected' is missing"),
     ({"prompt": turns("x"), "chosen": LAST}, "the field 'rejected' is missing"),
@@ -177,18 +177,12 @@ def test_what_is_not_read_does_not_matter(tmp_path):
     assert read_examples(path)[0][0].response == "because"
 
 
-@pytest.mark.parametrize("text, line", [("[", 1), ("[1\n", 1), ('[{"text": "x"}\n\n{}]', 3),
-                                        ('[{"text": "x"}]\n,', 1), ('[{"text": "x"},\n]', 2),
-                                        ('\n[{"text":\n"x"}\n,\n{"text"\n}]', 5)])
-def test_a_broken_array_is_named(tmp_path, text, line):
-    with pytest.raises(InputError, match=rf"a\.json:{line}: not (JSON|a JSON object)"):
-        read_texts(write(tmp_path / "a.json", text))
-
-
 @pytest.mark.parametrize("text, line", [
+    ("[", 1), ("[1\n", 1), ('[{"text": "x"}\n\n{}]', 3), ('[{"text": "x"}]\n,', 1),
+    ('[{"text": "x"},', 1), ('[{"text": "x"},\n]', 2), ('\n[{"text":\n"x"}\n,\n{"text"\n}]', 5),
     ('{"text":\n"x"}\n{"text": "y"}', 1), ('{"text": "x"}\n\n{"text": "y"\n}', 3),
     ('{"text": "x"},\n{"text": "y"}', 1), ('{"text": "x"}\n[{"text": "y"}]', 2)])
-def test_lines_hold_one_record_each(tmp_path, text, line):
+def test_a_broken_array_or_line_is_named(tmp_path, text, line):
     with pytest.raises(InputError, match=rf"a\.json:{line}: not (JSON|a JSON object)"):
         read_texts(write(tmp_path / "a.json", text))
 
@@ -238,7 +232,7 @@ def test_any_bytes_give_examples_or_one_line(tmp_path, data):
     (tmp_path / "y.jsonl.gz").write_bytes(gzip.compress(data))
     outcome(tmp_path / "y.jsonl.gz")
     try:
-        assert all(text.strip() for _, text in read_lines(tmp_path / "x.jsonl"))
+        assert any(line.strip() for line in read_lines(tmp_path / "x.jsonl"))
     except InputError:
         pass
 
@@ -278,12 +272,6 @@ def test_ten_thousand_malformed_records_cost_seconds_at_most(tmp_path):
     assert time.process_time() - start < 10
 
 
-def test_a_dialogue_needs_a_prompt():
-    for text in ("\n\nAssistant: hello", "hello"):
-        with pytest.raises(InputError):
-            split_dialogue(text)
-
-
 # ---- what was understood ------------------------------------------------------------------------
 
 def described(path, vocab_size=300, **more):
@@ -303,26 +291,13 @@ def test_a_dry_run_says_what_was_understood(tmp_path):
     assert f"{tmp_path}/a.jsonl: 4 records, 3 of use" in said
     assert re.findall(r"^ +(\d+)  (\w.*)$", said, re.M) == [
         ("2", "prompt/response"), ("2", "chosen/rejected"), ("1", "left out: an empty last turn")]
-    table = {line.split()[0]: line.split()[1:] for line in said.splitlines() if "99%" not in line
-             and line.split()[0] in ("prompt", "response", "rejected")}
-    assert table == {"prompt": ["6", "21", "46", "46", "46", "1"],
-                     "response": ["5", "6", "9", "9", "9", "1"],
-                     "rejected": ["4", "4", "4", "4", "4", "0"]}
-    assert "cut: prompts to their last 21 tokens, answers to their first 8, which" in said
-    assert said.endswith("       | why\\x1b?\n       | \n  loss | é[1]\n"
-                         "  loss | <|endoftext|>  (EOS)")
-
-
-def test_the_mask_shown_is_the_mask_learned_from():
-    """Prompt and unwritable tokens bear no loss, a response and its EOS do; a cut one has none."""
-    tokenizer = bpe_tokenizer(["x"], 258)
-    pair = tokenizer.encode("a\nb"), [*tokenizer.encode("c\n<|endoftext|>"), tokenizer.pad,
-                                      tokenizer.eos]
-    assert show_pair(tokenizer, pair) == [
-        "       | a", "       | b", "  loss | c", "  loss | <|endoftext|>", "       | <|pad|>",
-        "  loss | <|endoftext|>  (EOS)"]
-    assert show_pair(tokenizer, (pair[0], pair[1][:1])) == [
-        "       | a", "       | b", "  loss | c", "       | (cut here: no EOS)"]
+    table = r"^ +(\w+)  median (\d+), longest (\d+), cut to (\d+): (\d)$"
+    assert re.findall(table, said, re.M) == [
+        ("prompt", "21", "46", "21", "1"), ("response", "6", "9", "8", "1"),
+        ("rejected", "4", "4", "8", "0")]
+    assert said.endswith("  no loss  'why\\x1b?\\n'\n     loss  'é[1]<|endoftext|>'")
+    said = described(write(tmp_path / "b.jsonl", rows[1]), 258, max_prompt=21, max_response=8)
+    assert said.endswith(f"     loss  '{'y' * 8}'")         # cut here: no EOS
 
 
 def test_a_dry_run_with_a_checkpoint_and_of_bad_files(tmp_path):
@@ -380,16 +355,22 @@ def test_a_batch_has_the_demonstrator_s_density_by_its_texts(tmp_path):
     assert world.demo_density(batch).tolist() == [-31, -12]
 
 
-def test_prompts_that_are_the_same_once_cut_stay_on_one_side(tmp_path):
-    """Otherwise the evaluation asks what was trained on."""
-    rows = [{"prompt": f"{i:04} is the number" * (i % 2) + f"is the number {i // 2}",
-             "response": f"yes {i}"} for i in range(40)]
-    world = world_of(tmp_path / "d.jsonl", *rows)
-    assert not set(world.train_prompts) & set(world.test_prompts)
-    assert not {x for x, _ in world.demos} & set(world.test_prompts)
-    assert any("cut, a held-out prompt" in note for note in world.notes)
-    with pytest.raises(InputError, match="every prompt to train on is also a held-out one"):
-        world_of(tmp_path / "e.jsonl", *rows, max_prompt=1)
+@pytest.mark.parametrize("gold", [None, "pairs"])
+def test_prompts_that_are_the_same_once_cut_stay_on_one_side(tmp_path, gold):
+    """Prompts that differ only in what is cut off: the held-out side has them, then the gold model.
+    Otherwise the evaluation asks what was trained on."""
+    rows = [{**row, "prompt": f"{i // 200} " + "long " * 20 + f"is number {i % 200}"}
+            for i, row in enumerate(paired_rows(600))]
+    world = world_of(tmp_path / "d.jsonl", *rows, gold=gold, vocab_size=300, max_prompt=8)
+    theirs = {x for x, _, _ in world.gold_pairs}
+    held = {*world.test_prompts, *(pair[0] for pair in world.human_pairs)}
+    learned = {*world.train_prompts, *(row[0] for row in [*world.demos, *world.preferences])}
+    assert held and learned and bool(theirs) == bool(gold)
+    assert all(len(world.tokenizer.encode(x)) <= 8 for x in theirs)
+    assert not held & theirs and not theirs & learned and not held & learned
+    assert any("left out: cut, a held-out prompt" in note for note in world.notes)
+    with pytest.raises(InputError, match="every prompt to train on is also a held-out one|0 pairs"):
+        world_of(tmp_path / "e.jsonl", *rows, gold=gold, max_prompt=1)
 
 
 def test_held_out_prompts_are_held_out_with_all_their_answers(tmp_path):
@@ -403,18 +384,22 @@ def test_held_out_prompts_are_held_out_with_all_their_answers(tmp_path):
     assert all(re.fullmatch(r"say \d+ 0", y) for (y,) in world.test_demos)    # the first answer
 
 
-def test_held_out_answers_change_nothing_that_is_learned(tmp_path):
-    """Neither the corpus nor the tokenizer: else what is held out has been seen after all."""
-    rows = [{"prompt": f"ask {i}", "response": f"say {i}"} for i in range(40)]
-    world = world_of(tmp_path / "d.jsonl", *rows, vocab_size=300)
-    held_out = {x.strip() for x in world.test_prompts}
-    rows = [{**row, "response": "zebra zebra"} if row["prompt"] in held_out else row
-            for row in rows]
-    other = world_of(tmp_path / "e.jsonl", *rows, vocab_size=300)
-    assert {*map(tuple, other.test_demos)} == {("zebra zebra",)}
+@pytest.mark.parametrize("gold", [None, "pairs"])
+def test_answers_of_others_change_nothing_that_is_learned(tmp_path, gold):
+    """Held-out answers, or those of the gold model's half, are other ones. Corpus, tokenizer and
+    all else are the same: otherwise a learner has seen after all what is not its own."""
+    world = world_of(tmp_path / "d.jsonl", *paired_rows(), gold=gold, vocab_size=300)
+    theirs = {x.strip() for x in ([x for x, _, _ in world.gold_pairs] or
+                                  {*world.test_prompts, *(x for x, _, _ in world.human_pairs)})}
+    rows = [{**row, "chosen": "zebra", "rejected": "quartz"} if row["prompt"] in theirs else row
+            for row in paired_rows()]
+    other = world_of(tmp_path / "e.jsonl", *rows, gold=gold, vocab_size=300)
+    own = ("gold_pairs",) if gold else ("test_demos", "human_pairs")
+    assert {pair[1:] for pair in getattr(other, own[-1])} == {("zebra", "quartz")}
+    for field in dataclasses.fields(world):
+        if field.name not in (*own, "tokenizer"):
+            assert getattr(world, field.name) == getattr(other, field.name), field.name
     assert world.tokenizer.backend.to_str() == other.tokenizer.backend.to_str()
-    for name in ("corpus", "demos", "train_prompts", "test_prompts"):
-        assert getattr(world, name) == getattr(other, name)
 
 
 def test_preference_pairs_are_people_s_or_golden_s(tmp_path):
@@ -424,9 +409,6 @@ def test_preference_pairs_are_people_s_or_golden_s(tmp_path):
     world.text = lambda ids: bytes(ids).decode()
     of_people = world.preference_pairs(["x"] * 3, samples, 0.0, random.Random(0))
     assert of_people == [(world.pair(x, a), world.pair(x, b)) for x, a, b in world.preferences]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "MAX_PREFERENCES", 3)
-        assert world.preference_pairs([], [], 0.0, random.Random(0)) == of_people[:3]
     world.preferences, world.golden = [], lambda prompt, response: len(response)
     assert world.preference_pairs(["x"] * 3, samples, 0.0, random.Random(0)) == [
         (samples[1], samples[0]), (samples[4], samples[5])]
@@ -454,18 +436,15 @@ def test_no_more_is_taken_than_was_asked_for(tmp_path):
     world = world_of(tmp_path / "d.jsonl", *rows, n_demos=7, n_prompts=3)
     assert (len(world.demos), len(world.test_prompts), len(world.test_demos)) == (7, 3, 3)
     assert world.train_prompts == [x for x, _ in world.demos] and len(world.corpus) == 7
-    assert "only 7 demonstrations: the numbers will mean little" in world.notes
     world = world_of(tmp_path / "d.jsonl", *rows[:2])
     assert (len(world.demos), len(world.test_prompts)) == (1, 1)
 
 
-def test_one_prompt_cannot_be_held_out(tmp_path):
+def test_what_makes_no_world_is_refused(tmp_path):
+    """One prompt cannot be held out, and an init needs no corpus."""
     rows = [{"prompt": "why?", "response": f"{i}"} for i in range(9)]
     with pytest.raises(InputError, match="one prompt is too few"):
         world_of(tmp_path / "d.jsonl", *rows)
-
-
-def test_an_init_needs_no_corpus(tmp_path):
     (tmp_path / "c.txt").write_text("one two")
     with pytest.raises(InputError, match="there is nothing to pretrain on --corpus"):
         world_of(tmp_path / "d.jsonl", GOOD, init="gpt2", corpus=str(tmp_path / "c.txt"))
@@ -474,7 +453,8 @@ def test_an_init_needs_no_corpus(tmp_path):
 def test_golden_functions(tmp_path):
     """A user's function that is not there, raises or returns no finite number is one line."""
     path = tmp_path / "g.py"
-    path.write_text("def good(x, y):\n    return len(y)\n"
+    path.write_text("import math\ndef helper(y):\n    return math.fabs(len(y))\n"
+                    "def good(x, y):\n    return helper(y)\n"
                     "def bad(x, y):\n    return float('nan')\n"
                     "def ugly(x, y):\n    return 1 / 0\n"
                     "def text(x, y):\n    return 'much'\n")
@@ -524,37 +504,6 @@ def test_no_learner_has_a_prompt_or_a_text_of_the_gold_model(tmp_path, seed):
     assert theirs | {x for x, _, _ in world.preferences} == paired      # and nothing else is gone
     assert (world.test_prompts, world.human_pairs) == (plain.test_prompts, plain.human_pairs)
     assert not plain.gold_pairs and len(theirs) > 50
-    assert (f"{len(theirs)} prompts with {len(world.gold_pairs)} pairs are the gold model's, no "
-            "learner's") in world.notes
-
-
-def test_what_the_gold_model_reads_changes_nothing_else(tmp_path):
-    """The answers of its half are other ones: everything that a learner gets, the tokenizer too, is
-    the same."""
-    world = world_of(tmp_path / "d.jsonl", *paired_rows(), gold="pairs", vocab_size=300)
-    theirs = {x.strip() for x, _, _ in world.gold_pairs}
-    rows = [{**row, "chosen": "zebra", "rejected": "quartz"} if row["prompt"] in theirs else row
-            for row in paired_rows()]
-    other = world_of(tmp_path / "e.jsonl", *rows, gold="pairs", vocab_size=300)
-    assert {pair[1:] for pair in other.gold_pairs} == {("zebra", "quartz")}
-    for field in dataclasses.fields(world):
-        if field.name not in ("gold_pairs", "tokenizer"):
-            assert getattr(world, field.name) == getattr(other, field.name), field.name
-    assert world.tokenizer.backend.to_str() == other.tokenizer.backend.to_str()
-
-
-def test_pairs_whose_prompts_are_the_same_once_cut_stay_on_one_side(tmp_path):
-    """Prompts that differ only in what is cut off: the held-out side has them, then the gold model.
-    """
-    rows = [{**row, "prompt": f"{i // 200} " + "long " * 20 + f"is number {i % 200}"}
-            for i, row in enumerate(paired_rows(600))]
-    world = world_of(tmp_path / "d.jsonl", *rows, gold="pairs", vocab_size=300, max_prompt=8)
-    theirs = {x for x, _, _ in world.gold_pairs}
-    held = {*world.test_prompts, *(pair[0] for pair in world.human_pairs)}
-    learned = {*world.train_prompts, *(row[0] for row in [*world.demos, *world.preferences])}
-    assert all(len(world.tokenizer.encode(x)) <= 8 for x in theirs)
-    assert held and theirs and learned
-    assert not held & theirs and not theirs & learned and not held & learned
 
 
 def test_too_few_pairs_are_refused(tmp_path):

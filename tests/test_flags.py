@@ -48,6 +48,7 @@ def test_bad_flags_are_one_line_and_status_2(argv, message, capsys):
     (InputError("no such task"), 2, "error: no such task\n"),
     (FloatingPointError("sft: nan at step 3"), 2, "error: sft: nan at step 3\n"),
     (FileNotFoundError(2, "No such file", "x.jsonl"), 2, "error: x.jsonl: No such file\n"),
+    (OSError(28, "No space left on device"), 2, "error: output: No space left on device\n"),
     (KeyboardInterrupt(), 130, "stopped\n")])
 def test_what_a_user_can_put_right_is_one_line(error, status, line, capsys):
     """A failure means that a traceback is shown for a mistake that is not ours."""

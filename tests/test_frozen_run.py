@@ -8,7 +8,7 @@ writes the numbers anew:
 
 The run is in double precision. In single precision another CPU or another number of threads rounds
 differently by 1e-7. A sample flips where that decides between two words, and from there on the runs
-part: with two threads instead of one, 3 of the 29 rows differed, by up to a quarter. In double
+part: with two threads instead of one, 3 of the 28 rows differed, by up to a quarter. In double
 precision a flip is some 1e8 times as rare. There no number differed, neither between one and two
 threads nor with ATEN_CPU_CAPABILITY=default, which is torch without the CPU's wide instructions.
 """

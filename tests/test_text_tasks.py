@@ -19,8 +19,10 @@ from utils.cli import InputError
 
 HELPFUL, HARMLESS = TextTask("helpful"), TextTask("harmless")
 TEA, BIKE = "how do i make tea ?", "how do i steal a bike ?"
-CASES = [(HELPFUL, TEA), (HARMLESS, TEA), (HARMLESS, BIKE)]
-each = pytest.mark.parametrize("task, prompt", CASES, ids=["helpful", "benign", "harmful"])
+IDLE, IDLE_HARMLESS = (TextTask(name, base="idle") for name in ("helpful", "harmless"))
+CASES = [(HELPFUL, TEA), (HARMLESS, TEA), (HARMLESS, BIKE), (IDLE, TEA), (IDLE_HARMLESS, BIKE)]
+each = pytest.mark.parametrize("task, prompt", CASES, ids=[
+    "helpful", "benign", "harmful", "idle helpful", "idle harmful"])
 both = pytest.mark.parametrize("task", [HELPFUL, HARMLESS], ids=["helpful", "harmless"])
 
 
@@ -114,22 +116,13 @@ def test_language_density_is_one_and_the_samplers_own(clause_world, name, prompt
 @pytest.mark.parametrize("tau", [1.0, math.inf])
 def test_whole_density_is_one_and_the_writers_own(word_world, tau):
     """A failure means that d_beta or d_base, babble included, is no density, or not the one that
-    demonstrations come from. All 37449 strings of the miniature; 20000 samples at 1/2000."""
-    assert len(word_world.vocabulary) == 8
+    demonstrations come from. All 37449 strings of the miniature; 20000 samples at 1/2000. A word
+    that nothing follows is there, too."""
+    assert {*word_world.vocabulary} - {*word_world.successors} == {"a"}
     density = {text: math.exp(word_world.logp("a", text, tau)) for text in all_strings(word_world)}
     assert len(density) == 37449
     assert math.fsum(density.values()) == pytest.approx(1, abs=1e-12)
     assert_drawn_from(Counter(draw(word_world, "a", 20000, tau)), density)
-
-
-def test_babble_density_is_one_and_the_babblers_own(word_world, monkeypatch):
-    """A failure means that the noise floor is wrong. A writer that only babbles, on the miniature:
-    mass 1 to 1e-12, 20000 samples at 1/2000; a word that nothing follows is there, too."""
-    monkeypatch.setattr(tt, "NOISE", 1.0)
-    assert {*word_world.vocabulary} - {*word_world.successors} == {"a"}
-    density = {text: math.exp(word_world.babble_logp(text)) for text in all_strings(word_world)}
-    assert math.fsum(density.values()) == pytest.approx(1, abs=1e-12)
-    assert_drawn_from(Counter(draw(word_world, "a", 20000)), density)
 
 
 def test_babble_density_by_hand(word_world):
@@ -150,57 +143,12 @@ def test_babble_density_by_hand(word_world):
 def tilted_by_hand(task, prompt, tau):
     """P(kind), P(K) and Z from the module's docstring, written out once more."""
     condition = "harmful" if task.prompts[prompt] in task.harmful else "benign"
-    base, values = BASE_KINDS[task.name, condition], tt.VALUES[condition]
+    base, values = BASE_KINDS[task.base][task.name], tt.VALUES[condition]
     weight = {kind: p * math.exp(values[kind] / tau) for kind, p in base.items()}
     z = sum(weight.values())
     Z = sum(p * z ** k for k, p in LENGTHS.items())
     return ({kind: w / z for kind, w in weight.items()},
             {k: p * z ** k / Z for k, p in LENGTHS.items()}, math.log(Z))
-
-
-def test_tables_are_distributions():
-    """A failure means that a table was edited and no longer adds up."""
-    assert sum(LENGTHS.values()) == pytest.approx(1, abs=1e-12)
-    for kinds in BASE_KINDS.values():
-        assert sum(kinds.values()) == pytest.approx(1, abs=1e-12)
-
-
-@each
-def test_base_is_the_untilted_table(task, prompt):
-    """A failure means that tau = inf is not the base language, or that its log Z is not zero."""
-    kinds, lengths, log_z = task.tilted(prompt, math.inf)
-    condition = "harmful" if prompt == BIKE else "benign"
-    assert kinds == pytest.approx(BASE_KINDS[task.name, condition])
-    assert lengths == pytest.approx(LENGTHS) and log_z == pytest.approx(0, abs=1e-12)
-
-
-@each
-@pytest.mark.parametrize("tau", [1.0, math.inf])
-def test_language_mass_by_counting(task, prompt, tau):
-    """A failure means that the language part of the real task is no density. Strings of the same
-    kinds are equally likely; one of each kind sequence is scored, and the others counted."""
-    rng, mass = random.Random(0), 0.0
-    own = task.steps[task.prompts[prompt]]
-    stray = [s for topic, steps in task.steps.items() if topic != task.prompts[prompt]
-             for s in steps]
-    kinds = list(task.tilted(prompt, tau)[0])
-    for sequence in (s for k in LENGTHS for s in itertools.product(kinds, repeat=k)):
-        m = Counter(sequence)
-        steps = iter(sorted(rng.sample(own, m["step"]), key=own.index))
-        refusals = iter(sorted(rng.sample(REMARKS["refusal"], m["refusal"]),
-                               key=REMARKS["refusal"].index))
-        clauses = []
-        for place, kind in enumerate(sequence):
-            text = (next(steps) if kind == "step" else next(refusals) if kind == "refusal"
-                    else rng.choice(stray if kind == "stray" else REMARKS[kind]))
-            if kind in ("step", "stray"):
-                text = rng.choice(STEP_FORMS["later" if place else "first"]).format(text)
-            clauses.append(text + " .")
-        strings = (math.comb(4, m["step"]) * len(stray) ** m["stray"]
-                   * 3 ** (m["step"] + m["stray"])
-                   * 8 ** (m["rude"] + m["filler"]) * math.comb(6, m["refusal"]))
-        mass += strings * math.exp(task._language_logp(prompt, " ".join(clauses), tau))
-    assert mass == pytest.approx(1, abs=1e-10)
 
 
 @each
@@ -225,10 +173,16 @@ def test_demonstrator_density_agrees_with_counts(task, prompt):
 @pytest.mark.parametrize("tau", [1.0, math.inf])
 def test_kinds_are_sampled_as_the_formula_says(task, prompt, tau, monkeypatch):
     """A failure means that the writer's kinds do not follow P(K) prod_k p(kind_k|x), tilted or
-    not: the demonstrator is then no Boltzmann-rational one. 5000 draws, chi-square at 1/2000."""
+    not: the demonstrator is then no Boltzmann-rational one. 5000 draws, chi-square at 1/2000. At
+    tau = inf it is the base language: its own tables, and log Z = 0."""
     monkeypatch.setattr(tt, "NOISE", 0.0)
     p_kind, p_length, log_z = tilted_by_hand(task, prompt, tau)
-    assert task.tilted(prompt, tau)[2] == pytest.approx(log_z, abs=1e-12)
+    kinds, lengths, total = task.tilted(prompt, tau)
+    assert kinds == pytest.approx(p_kind) and lengths == pytest.approx(p_length)
+    assert total == pytest.approx(log_z, abs=1e-12)
+    if tau == math.inf:
+        assert kinds == pytest.approx(BASE_KINDS[task.base][task.name]) and abs(total) < 1e-12
+        assert lengths == pytest.approx(LENGTHS)
     expected = {s: p * math.prod(p_kind[kind] for kind in s) for k, p in p_length.items()
                 for s in itertools.product(p_kind, repeat=k)}
     assert_drawn_from(Counter(kinds_of(task, prompt, y) for y in draw(task, prompt, 5000, tau)),
@@ -274,16 +228,6 @@ def test_boltzmann_identity(task, prompt, tau, monkeypatch):
         2 - HELPFUL.tilted(TEA, 1.0)[2], abs=1e-3)
 
 
-@each
-def test_importance_weights_average_to_one(task, prompt):
-    """A failure means that the two writers' densities are not on one scale, babble included.
-    E_beta[d_base / d_beta] = 1 over 2000 samples, four standard errors."""
-    weights = [math.exp(task.logp(prompt, y) - task.demo_logp(prompt, y))
-               for y in draw(task, prompt, 2000, task.tau, seed=5)]
-    mean, error = mean_and_error(weights)
-    assert abs(mean - 1) < 4 * error and error < 0.15
-
-
 def test_demonstrator_uses_its_own_temperature():
     """A failure means that tau of the constructor is not what demonstrates. The mean
     golden reward of 300 demonstrations, four standard errors (0.1)."""
@@ -315,6 +259,8 @@ OUTSIDE = {
     "an empty clause": "first , boil the water . .",
     "a refusal": "first , boil the water . that would hurt somebody .",
     "words of the prompt": "how do i make tea ?",
+    "refusals out of order": "let us find a better way . that would hurt somebody .",
+    "a refusal twice": "that would hurt somebody . that would hurt somebody .",
 }
 
 
@@ -323,18 +269,11 @@ OUTSIDE = {
 def test_outside_the_language_only_babble_is_left(y, tau):
     """A failure means that the density counts strings that the writer never composes, or that a
     policy's odd sentence has no finite log-density."""
-    assert HELPFUL._language_logp(TEA, y, tau) == -math.inf
-    expected = math.log(tt.NOISE) + HELPFUL.babble_logp(y)
+    task, prompt = (HARMLESS, BIKE) if y.startswith(("let", "that")) else (HELPFUL, TEA)
+    assert task._language_logp(prompt, y, tau) == -math.inf
+    expected = math.log(tt.NOISE) + task.babble_logp(y)
     assert math.isfinite(expected)
-    assert HELPFUL.logp(TEA, y, tau) == pytest.approx(expected, abs=1e-12)
-
-
-def test_refusals_out_of_order_are_outside():
-    """A failure means that refusals are scored as if drawn in any order, although they are not."""
-    first, second = (text + " ." for text in REMARKS["refusal"][:2])
-    assert math.isfinite(HARMLESS._language_logp(BIKE, f"{first} {second}", 1.0))
-    assert HARMLESS._language_logp(BIKE, f"{second} {first}", 1.0) == -math.inf
-    assert HARMLESS._language_logp(BIKE, f"{first} {first}", 1.0) == -math.inf
+    assert task.logp(prompt, y, tau) == pytest.approx(expected, abs=1e-12)
 
 
 @both
@@ -378,6 +317,8 @@ GOLDEN = [
     (HELPFUL, TEA, "first , boil the tea . next , boil the water .", 0),
     (HELPFUL, TEA, "first , boil the water . then add the", 0),
     (HELPFUL, TEA, "first , boil the water . . .", -1),
+    (HELPFUL, TEA, "first , boil the water . then add the tea leaves", 2),
+    (HELPFUL, TEA, "first , boil the water . then add the tea leaves . then", 1),
     (HELPFUL, TEA, "~ first , boil the water . then ☼ add the tea leaves — .", 2),
     (HELPFUL, TEA, "", 0),
     (HARMLESS, TEA, "first , boil the water . that would hurt somebody .", 0),
@@ -395,40 +336,30 @@ GOLDEN = [
 @pytest.mark.parametrize("task, prompt, y, points", GOLDEN,
                          ids=[f"{t.name}: {y}" for t, _, y, _ in GOLDEN])
 def test_golden_by_hand(task, prompt, y, points):
-    """A failure means that the yardstick of every experiment measures something else."""
+    """A failure means that the yardstick of every experiment measures something else. What follows
+    the last period is a clause, too."""
     assert task.golden(prompt, y) == points
-
-
-def test_what_follows_the_last_period_is_a_clause_too():
-    """A failure means that a response cut at its last period loses, or gains, a whole clause."""
-    y = "first , boil the water . then add the tea leaves"
-    assert kinds_of(HELPFUL, TEA, y) == ("step", "step") and HELPFUL.golden(TEA, y) == 2
-    assert kinds_of(HELPFUL, TEA, y + " . then") == ("step", "step", "broken")
-    assert HELPFUL._language_logp(TEA, y, 1.0) == -math.inf     # the writers end every clause
 
 
 # ---- the tables and the writers -----------------------------------------------------------------
 
 @both
-def test_tables_have_no_duplicates(task):
-    """A failure means that one sentence has two kinds, which no density here accounts for."""
+def test_tables_are_distributions_without_duplicates(task):
+    """A failure means that a table was edited and no longer adds up, that one sentence has two
+    kinds, or that a repeated topic or prompt silently replaced another."""
+    assert sum(LENGTHS.values()) == pytest.approx(1, abs=1e-12)
+    assert sum(BASE_KINDS[task.base][task.name].values()) == pytest.approx(1, abs=1e-12)
     steps = [step for own in task.steps.values() for step in own]
     assert all(len(own) == 4 for own in task.steps.values())
     remarks = [text for texts in REMARKS.values() for text in texts]
     assert len({*steps}) == len(steps) and len({*remarks}) == len(remarks)
     assert len(task.clauses) == 5 * len(steps) + len(remarks)       # "you should" is in both places
     assert not {*steps} & {*remarks}
-
-
-def test_topics_and_prompts_are_unique():
-    """A failure means that a repeated topic or prompt silently replaced another."""
-    lines = [line.split(": ")[0]
-             for line in (tt.TOPICS.strip() + "\n" + tt.HARMFUL_TOPICS.strip()).splitlines()]
-    assert len({*lines}) == len(lines) == len(HARMLESS.steps)
-    assert HARMLESS.harmful == {*HARMLESS.steps} - {*HELPFUL.steps} and not HELPFUL.harmful
-    for task in (HELPFUL, HARMLESS):
-        assert len(task.prompts) == len(task.steps) * 8 * 6
-        assert {*Counter(task.prompts.values()).values()} == {48}
+    harmful = tt.HARMFUL_TOPICS.strip().splitlines() if task is HARMLESS else []
+    lines = [line.split(": ")[0] for line in tt.TOPICS.strip().splitlines() + harmful]
+    assert len({*lines}) == len(lines) == len(task.steps) and len(task.harmful) == len(harmful)
+    assert len(task.prompts) == len(task.steps) * 8 * 6
+    assert {*Counter(task.prompts.values()).values()} == {48}
 
 
 @both
@@ -458,12 +389,16 @@ def test_the_longest_sentence_fits(task):
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_share_of_marked_clauses(name, share, monkeypatch):
     """A failure means that heterogeneity is not the chance that a clause carries one mark,
-    before it or before its period, each place half the time and each mark a sixth. 1500
-    responses, four standard errors."""
+    before it or before its period, each place half the time and each mark a sixth; or that it
+    changes what is said, and another reward is demonstrated. 1500 responses, four standard errors.
+    """
     monkeypatch.setattr(tt, "NOISE", 0.0)
     task, rng, places, clauses = TextTask(name, heterogeneity=share), random.Random(0), [], 0
     for prompt in rng.choices(list(task.prompts), k=1500):
-        for clause in task.demonstrate(prompt, rng).split(" .")[:-1]:
+        y = task.demonstrate(prompt, rng)
+        assert math.isfinite(task._language_logp(prompt, y, 1.0))
+        for clause in y.split(" .")[:-1]:
+            assert task.unmark(clause) in task.clauses
             words, clauses = clause.split(), clauses + 1
             marks = [i for i, word in enumerate(words) if word in tt.MARKS]
             assert len(marks) <= 1 and all(i in (0, len(words) - 1) for i in marks)
@@ -475,44 +410,21 @@ def test_share_of_marked_clauses(name, share, monkeypatch):
                                             for first in (True, False)})
 
 
-def test_marks_leave_the_words_alone(monkeypatch):
-    """A failure means that heterogeneity changes what is said, not only how it looks: another
-    reward would then be demonstrated. Every marked response is a sentence of the language."""
-    monkeypatch.setattr(tt, "NOISE", 0.0)
-    for share in (0.5, 1.0):
-        task = TextTask("harmless", share)
-        for seed in range(100):
-            y = task.demonstrate(BIKE, random.Random(seed))
-            assert math.isfinite(task._language_logp(BIKE, y, 1.0))
-            assert all(clause in task.clauses for clause in task.unmark(y).split(" . ")[:-1])
-
-
-@each
-def test_same_seed_same_demonstrations(task, prompt):
-    """A failure means that a data set cannot be made again. Across objects; the global generator
-    is left alone."""
-    again, state = TextTask(task.name), random.getstate()
-    first, second, other = (
-        [t.demonstrate(prompt, rng) for _ in range(20)]
-        for t, rng in [(task, random.Random(1)), (again, random.Random(1)),
-                       (task, random.Random(2))])
-    assert first == second != other and random.getstate() == state
-
-
 @pytest.mark.parametrize("arguments", [
-    {"name": "honest"}, {"heterogeneity": -0.1}, {"heterogeneity": 1.1}, {"tau": 0},
+    {"name": "honest"}, {"base": "busy"}, {"heterogeneity": -0.1}, {"heterogeneity": 1.1},
+    {"tau": 0},
     {"tau": -1.0}, {"heterogeneity": math.nan}, {"tau": math.nan}], ids=str)
 def test_bad_arguments(arguments):
     """A failure means that a typing error becomes an experiment."""
-    with pytest.raises(ValueError, match=next(iter(arguments)).replace("name", "task")):
+    with pytest.raises(InputError, match=next(iter(arguments)).replace("name", "task")):
         TextTask(**arguments)
 
 
 # ---- the world that a run takes place in --------------------------------------------------------
 
 def make_world(seed=0, **settings):
-    s = SimpleNamespace(**{**dict(task="helpful", heterogeneity=0.0, n_corpus=50, n_demos=50,
-                                  n_prompts=100), **settings})
+    s = SimpleNamespace(**{**dict(task="helpful", base="good", heterogeneity=0.0, n_corpus=50,
+                                  n_demos=50, n_prompts=100), **settings})
     return text_world(s, seed)
 
 
@@ -552,14 +464,10 @@ def test_marks_are_no_words_of_the_policy():
 
 
 def test_a_seed_makes_one_world():
-    """A failure means that a run cannot be made again, or that all seeds run on the same data."""
+    """A failure means that a run cannot be made again, or that all seeds run on the same data. The
+    global generator is left alone."""
+    state = random.getstate()
     first, again, other = make_world(0), make_world(0), make_world(1)
+    assert random.getstate() == state
     for name in ("corpus", "demos", "train_prompts", "test_prompts", "test_demos"):
         assert getattr(first, name) == getattr(again, name) != getattr(other, name)
-
-
-@pytest.mark.parametrize("settings", [{"task": "honest"}, {"heterogeneity": 2.0}], ids=str)
-def test_no_such_world(settings):
-    """A failure means that a typing error ends in a traceback."""
-    with pytest.raises(InputError, match=next(iter(settings))):
-        make_world(**settings)

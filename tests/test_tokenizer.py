@@ -2,13 +2,11 @@
 belong. Against transformers' AutoTokenizer it stands in test_checkpoints.py.
 """
 
-import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import tokenizers
 from hypothesis import example, given, settings, strategies as st
 
 from utils.cli import InputError
@@ -114,27 +112,6 @@ def test_a_tokenizer_comes_back_from_its_folder(tokenizer, tmp_path):
     for text in [*TEXTS, "", f"the {EOS} cat", "zebra"]:
         assert again.encode(text) == tokenizer.encode(text)
         assert again.decode(again.encode(text)) == tokenizer.decode(tokenizer.encode(text))
-
-
-def test_of_several_ends_the_first_special_one_counts(tmp_path):
-    """A failure means that a policy would be trained to end with a word."""
-    backend = tokenizers.Tokenizer.from_str(BPE.backend.to_str())
-    backend.add_special_tokens(["<end>"])
-    backend.save(str(tmp_path / "tokenizer.json"))
-    end = backend.token_to_id("<end>")
-    for ids, expected in ((end, end), ([5, end], end), ([], BPE.eos), (50256, BPE.eos)):
-        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
-        assert Tokenizer.from_pretrained(tmp_path).eos == expected
-
-
-@pytest.mark.parametrize("content", [b"{}", b"\xff\x00", b""])
-def test_a_damaged_file_is_one_line_that_names_the_folder(content, tmp_path):
-    with pytest.raises(InputError, match="tokenizer.json or vocab.json is missing"):
-        Tokenizer.from_pretrained(tmp_path)
-    (tmp_path / "tokenizer.json").write_bytes(content)
-    with pytest.raises(InputError) as error:
-        Tokenizer.from_pretrained(tmp_path)
-    assert str(error.value).startswith(str(tmp_path)) and "\n" not in str(error.value)
 
 
 def test_a_tokenizer_needs_no_model():

@@ -99,13 +99,14 @@ def solve(divergence, log_beta, log_policy, start, deltas):
     """
     if divergence is TOTAL_VARIATION:
         x = start
-        for delta in deltas:    # A rounded kink is stiff: further steps change the fifth digit.
+        for delta in deltas:
+            # A rounded kink is stiff. Further steps change the value's fourth digit at most.
             x, gradient_norm = minimise(
                 lambda x: rounded_total_variation(log_beta, log_policy(x), delta), x, steps=100)
     else:
         def objective(x):
-            # D_f = E_pi[f(u)] as it is defined. f_divergence is the same, but takes longer, since it
-            # also knows outcomes of probability zero; nothing here has probability zero.
+            # D_f = E_pi[f(u)] as it is defined. f_divergence takes longer, since it also knows
+            # outcomes of probability zero. There are none here.
             log_pi = log_policy(x)
             value = (log_pi.exp() * divergence.f(log_beta - log_pi)).sum(-1)
             # log(1 + D_f) has D_f's minima, and its slopes are tamer where D_f is in the millions.

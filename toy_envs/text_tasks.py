@@ -29,7 +29,9 @@ import random
 from functools import cache, cached_property
 from itertools import product
 
-from utils.cli import InputError
+import numpy as np
+
+from utils.cli import require
 from utils.data import World
 from utils.tokenizer import word_tokenizer
 
@@ -114,7 +116,7 @@ PROMPT_FORMS = ["how do i {}{} ?", "how can i {}{} ?", "can you help me {}{} ?",
 PROMPT_TAILS = ["", " today", " at home", " with a friend", " for the first time", " this week"]
 MARKS = ["~", "*", "—", "♪", "✦", "☼"]     # of the demonstrator: no policy can write them
 
-# The golden reward of a clause by its kind, and the base language's P(kind), by kind of prompt.
+# The golden reward of a clause by its kind, for two kinds of prompts; the base language's P(kind).
 # A clause that is no sentence of the language is `broken`; one written before is a `repeat`.
 VALUES = {
     "benign": {"step": 1.0, "stray": -1.0, "rude": -2.0, "filler": 0.0, "refusal": -1.0,
@@ -123,14 +125,14 @@ VALUES = {
                 "broken": -1.0, "repeat": 0.0},
 }
 # The base's habits. A `good` base writes good clauses more often than any others, so that its mode
-# is good; an `idle` one mostly writes remarks that say nothing. BASE_KINDS[base, task].
+# is good; an `idle` one mostly writes remarks that say nothing. BASE_KINDS[base][task].
 BASE_KINDS = {
-    ("good", "helpful"): {"step": 0.40, "stray": 0.20, "rude": 0.15, "filler": 0.25},
-    ("good", "harmless"): {"step": 0.40, "stray": 0.10, "rude": 0.15, "filler": 0.20,
-                           "refusal": 0.15},
-    ("idle", "helpful"): {"step": 0.14, "stray": 0.10, "rude": 0.06, "filler": 0.70},
-    ("idle", "harmless"): {"step": 0.14, "stray": 0.05, "rude": 0.06, "filler": 0.70,
-                           "refusal": 0.05},
+    "good": {"helpful": {"step": 0.40, "stray": 0.20, "rude": 0.15, "filler": 0.25},
+             "harmless": {"step": 0.40, "stray": 0.10, "rude": 0.15, "filler": 0.20,
+                          "refusal": 0.15}},
+    "idle": {"helpful": {"step": 0.14, "stray": 0.10, "rude": 0.06, "filler": 0.70},
+             "harmless": {"step": 0.14, "stray": 0.05, "rude": 0.06, "filler": 0.70,
+                          "refusal": 0.05}},
 }
 
 
@@ -147,17 +149,15 @@ class TextTask:
     heterogeneity  in [0, 1]: chance that a demonstrator's clause carries a mark
     tau            the demonstrator's temperature, in points of golden reward
     base           the base language's habits, "good" or "idle": see BASE_KINDS
+
+    Raises InputError for a task, a heterogeneity, a tau or a base that there is not.
     """
 
     def __init__(self, name="helpful", heterogeneity=0.0, tau=TAU, base="good"):
-        if name not in ("helpful", "harmless"):
-            raise ValueError(f"unknown task {name!r}: helpful or harmless")
-        if not 0 <= heterogeneity <= 1:
-            raise ValueError(f"heterogeneity must lie in [0, 1], not {heterogeneity}")
-        if not tau > 0:
-            raise ValueError(f"tau must be positive, not {tau}")
-        if base not in ("good", "idle"):
-            raise ValueError(f"unknown base {base!r}: good or idle")
+        require(base in BASE_KINDS, f"unknown base {base!r}: good or idle")
+        require(name in BASE_KINDS[base], f"unknown task {name!r}: helpful or harmless")
+        require(0 <= heterogeneity <= 1, f"heterogeneity must lie in [0, 1], not {heterogeneity}")
+        require(tau > 0, f"tau must be positive, not {tau}")
         self.name, self.heterogeneity, self.tau, self.base = name, heterogeneity, tau, base
         harmful = read_topics(HARMFUL_TOPICS) if name == "harmless" else {}
         self.harmful = set(harmful)
@@ -184,6 +184,12 @@ class TextTask:
             for text in sentences:
                 table[text] = (kind, text, ["first", "later"])
         return table
+
+    @cache
+    def pools(self, topic):
+        """kind -> the sentences that a clause of this kind is drawn from, in their own order."""
+        stray = [step for other, steps in self.steps.items() if other != topic for step in steps]
+        return {"step": self.steps[topic], "stray": stray, **REMARKS}
 
     @cached_property
     def vocabulary(self):
@@ -243,7 +249,7 @@ class TextTask:
         """
         values = self.values(prompt)
         kinds = {kind: p * math.exp(values[kind] / tau)
-                 for kind, p in BASE_KINDS[self.base, self.name].items()}
+                 for kind, p in BASE_KINDS[self.base][self.name].items()}
         z = sum(kinds.values())
         lengths = {k: p * z ** k for k, p in LENGTHS.items()}
         total = sum(lengths.values())
@@ -256,7 +262,14 @@ class TextTask:
             clauses = self._babble(rng)
         else:
             clauses = self._compose(prompt, rng, tau)
-        return " ".join(self._decorate(clause, rng, heterogeneity) for clause in clauses)
+        written = []
+        for words in clauses:
+            if rng.random() < heterogeneity:
+                # The mark stands before the clause or before its period.
+                mark = rng.choice(MARKS)
+                words.insert(rng.choice([0, len(words) - 1]), mark)
+            written += words
+        return " ".join(written)
 
     def demonstrate(self, prompt, rng):
         """One demonstration y ~ d_beta(.|x)."""
@@ -267,29 +280,19 @@ class TextTask:
         p_kind, p_length, _ = self.tilted(prompt, tau)
         (length,) = rng.choices(list(p_length), p_length.values())
         kinds = rng.choices(list(p_kind), p_kind.values(), k=length)
-        topic = self.prompts[prompt]
-        # Nobody names a step of the topic twice, or gives the same refusal twice.
-        own = self._distinct(self.steps[topic], kinds.count("step"), rng)
-        refusals = self._distinct(REMARKS["refusal"], kinds.count("refusal"), rng)
+        pools, drawn = self.pools(self.prompts[prompt]), {}
+        # Nobody names a step of the topic twice, or gives the same refusal twice: a set of m of
+        # the n sentences is drawn, each of the C(n, m) equally likely, and told in its own order.
+        for kind in ("step", "refusal"):
+            chosen = rng.sample(range(len(pools[kind])), kinds.count(kind))
+            drawn[kind] = iter([pools[kind][i] for i in sorted(chosen)])
         clauses = []
         for place, kind in zip(["first"] + ["later"] * length, kinds):
+            text = next(drawn[kind]) if kind in drawn else rng.choice(pools[kind])
             if kind in ("step", "stray"):
-                step = next(own) if kind == "step" else rng.choice(self._stray_steps(topic))
-                clauses.append(rng.choice(STEP_FORMS[place]).format(step) + " .")
-            else:
-                text = next(refusals) if kind == "refusal" else rng.choice(REMARKS[kind])
-                clauses.append(text + " .")
+                text = rng.choice(STEP_FORMS[place]).format(text)
+            clauses.append([*text.split(), "."])
         return clauses
-
-    @staticmethod
-    def _distinct(sentences, m, rng):
-        """m different sentences in their own order: each of the C(n, m) choices equally likely."""
-        return iter([sentences[i] for i in sorted(rng.sample(range(len(sentences)), m))])
-
-    @cache
-    def _stray_steps(self, topic):
-        """Every step of another topic."""
-        return [step for other, steps in self.steps.items() if other != topic for step in steps]
 
     def _babble(self, rng):
         """What a careless writer writes: at most one clause, without grammar. See babble_logp."""
@@ -300,15 +303,7 @@ class TextTask:
                 last = words[-1] if words else "."
                 choices = self.successors.get(last, self.vocabulary)
             words.append(rng.choice(choices))
-        return [" ".join(words)] if words else []
-
-    def _decorate(self, clause, rng, heterogeneity):
-        """With probability heterogeneity, one mark before the clause or before its period."""
-        if rng.random() >= heterogeneity:
-            return clause
-        mark, words = rng.choice(MARKS), clause.split()
-        place = rng.choice([0, len(words) - 1])
-        return " ".join([*words[:place], mark, *words[place:]])
+        return [words] if words else []
 
     # ---- the densities --------------------------------------------------------------------------
 
@@ -320,9 +315,7 @@ class TextTask:
         """
         language = math.log(1 - NOISE) + self._language_logp(prompt, response, tau)
         babble = math.log(NOISE) + self.babble_logp(response)
-        # log(e^high + e^low), where low may be log 0.
-        high, low = max(language, babble), min(language, babble)
-        return high if low == -math.inf else high + math.log1p(math.exp(low - high))
+        return float(np.logaddexp(language, babble))        # log(e^a + e^b); a or b may be log 0
 
     def demo_logp(self, prompt, response):
         """log d_beta(y|x), the demonstrator's exact log-density, marks aside."""
@@ -331,28 +324,26 @@ class TextTask:
     def _language_logp(self, prompt, response, tau):
         """log d_language(y|x), -inf outside the language: _compose's choices, one by one."""
         p_kind, p_length, _ = self.tilted(prompt, tau)
-        parsed, topic = self.parse(prompt, response), self.prompts[prompt]
+        parsed, pools = self.parse(prompt, response), self.pools(self.prompts[prompt])
         if len(parsed) not in p_length or not response.rstrip().endswith("."):
             return -math.inf
-        logp, own, refusals = math.log(p_length[len(parsed)]), [], []
+        logp, drawn = math.log(p_length[len(parsed)]), {"step": [], "refusal": []}
         for place, (kind, sentence, places) in zip(["first"] + ["later"] * len(parsed), parsed):
             if kind not in p_kind or place not in places:
                 return -math.inf        # broken, a repeat, or a form in the wrong place
             logp += math.log(p_kind[kind])
             if kind in ("step", "stray"):
                 logp -= math.log(len(STEP_FORMS[place]))
-            if kind == "step":
-                own.append(self.steps[topic].index(sentence))
-            elif kind == "refusal":
-                refusals.append(REMARKS["refusal"].index(sentence))
+            if kind in drawn:
+                drawn[kind].append(pools[kind].index(sentence))
             else:
-                logp -= math.log(len(self._stray_steps(topic)) if kind == "stray"
-                                 else len(REMARKS[kind]))
-        if own != sorted(own) or refusals != sorted(refusals):
-            return -math.inf            # the language lists steps in their own order
-        # _distinct draws a set of sentences: each of the C(n, m) sets is equally likely.
-        return (logp - math.log(math.comb(len(self.steps[topic]), len(own)))
-                - math.log(math.comb(len(REMARKS["refusal"]), len(refusals))))
+                logp -= math.log(len(pools[kind]))
+        for kind, order in drawn.items():
+            if order != sorted(order):
+                return -math.inf        # the language lists steps in their own order
+            # A set of m of the n sentences was drawn: each of the C(n, m) sets is equally likely.
+            logp -= math.log(math.comb(len(pools[kind]), len(order)))
+        return logp
 
     def babble_logp(self, response):
         """log-density of a careless writer, nats: prod_t (1-s) [1/2 1/|after(w)| + 1/2 1/V] * s.
@@ -382,11 +373,7 @@ def text_world(s, seed):
     s: task, base, heterogeneity, n_corpus, n_demos, n_prompts. A fifth of the prompts is held out.
     Raises InputError for a task, base or heterogeneity that there is not.
     """
-    try:
-        task = TextTask(s.task, s.heterogeneity, base=s.base)
-    except ValueError as error:
-        raise InputError(str(error)) from error
-    rng = random.Random(seed)
+    task, rng = TextTask(s.task, s.heterogeneity, base=s.base), random.Random(seed)
     prompts = rng.sample(sorted(task.prompts), len(task.prompts))
     n_held_out = len(prompts) // 5
     test, train = prompts[:min(s.n_prompts, n_held_out)], prompts[n_held_out:]

@@ -26,7 +26,7 @@ import tokenizers
 import torch
 
 from model import GPT, GPTConfig
-from utils.cli import InputError, make_folder, require, write_aside, write_json
+from utils.cli import InputError, make_folder, load_json, require, write_aside, write_json
 from utils.tokenizer import Tokenizer
 
 # Fields of config.json and the values with which GPT computes the same; the first if it is absent.
@@ -94,7 +94,7 @@ def fetch(name):
         stem, _, kind = weights.partition(".")
         folder = Path(snapshot_download(name, allow_patterns=[
             *BESIDE, weights, f"{weights}.index.json", f"{stem}-*-of-*.{kind}"]))
-        if (folder / weights).is_file() or (folder / f"{weights}.index.json").is_file():
+        if any(folder.glob(f"{weights}*")):         # the file itself, or the index of its parts
             break
     return folder
 
@@ -110,10 +110,9 @@ def first_of(folder, *names):
 def end_ids(folder):
     """The ids that eos_token_id names as a text's end: a list, since it may hold one or several."""
     for name in ("generation_config.json", "config.json"):
-        if (folder / name).is_file():
-            ids = json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token_id")
-            if ids is not None:
-                return ids if isinstance(ids, list) else [ids]
+        ids = (load_json(folder / name) or {}).get("eos_token_id")
+        if ids is not None:
+            return ids if isinstance(ids, list) else [ids]
     return []
 
 
@@ -141,7 +140,7 @@ def load_gpt(name, trunk=False):
 
 def read_config(folder):
     """The GPTConfig of a folder. Raises ValueError naming a field that GPT cannot compute with."""
-    raw = json.loads(first_of(folder, "config.json").read_text(encoding="utf-8"))
+    raw = load_json(first_of(folder, "config.json"))
     for field, values in {**COMPUTED, "n_inner": (None, 4 * raw.get("n_embd", 0))}.items():
         if raw.get(field, values[0]) not in values:
             raise ValueError(f"{field} is {raw[field]!r}, not {' or '.join(map(repr, values))}")
@@ -152,9 +151,9 @@ def read_config(folder):
         raise ValueError(f"n_embd {raw['n_embd']} is not a multiple of n_head {raw['n_head']}")
     config = GPTConfig(**{f.name: raw[f.name] for f in fields(GPTConfig) if f.name in raw})
     config.eos_token_id = next((i for i in end_ids(folder) if i < config.vocab_size), None)
-    if (folder / "generation_config.json").is_file():
-        generation = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
-        config.suppress_tokens = tuple(generation.get("suppress_tokens") or ())
+    # Checkpoints from before there was a generation_config.json have its fields in config.json.
+    generation = load_json(folder / "generation_config.json") or raw
+    config.suppress_tokens = tuple(generation.get("suppress_tokens") or ())
     return config
 
 
@@ -164,8 +163,8 @@ def weight_files(folder):
     for name in WEIGHTS:
         index = folder / f"{name}.index.json"
         if index.is_file() and not (folder / name).is_file():
-            parts = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-            return [first_of(folder, part) for part in sorted({*parts})]
+            parts = {*load_json(index)["weight_map"].values()}
+            return [first_of(folder, part) for part in sorted(parts)]
     return [first_of(folder, *WEIGHTS)]
 
 
@@ -236,17 +235,15 @@ def claim_folder(out, head, resume):
         return file.parent
     require(resume, f"{out} holds another run: --resume it, or choose another --out")
     try:
-        before = json.loads(file.read_text(encoding="utf-8"))
         # JSON has no tuples, so the new head is compared as it would be read.
-        now, then = ({**h["settings"], **h["versions"], "device": h["device"],
-                      "threads": h["threads"], "data": h["data"]}
-                     for h in (json.loads(json.dumps(head)), before))
+        now, then = ({**h["settings"], **h["versions"], **h}
+                     for h in (json.loads(json.dumps(head)), load_json(file)))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{file}: not a run's settings, cannot be resumed") from error
     for name, value in now.items():
-        was = then.get(name)
-        require(name in ("out", "resume") or was == value,
-                f"{out}: cannot be resumed with another {name}: it was {was}, now {value}")
+        may_differ = name in ("command", "settings", "versions", "out", "resume")
+        require(may_differ or value == then.get(name), f"{out}: cannot be resumed with another "
+                f"{name}: it was {then.get(name)}, now {value}")
     return file.parent
 
 
@@ -308,8 +305,7 @@ class Run:
 
     def load_json(self, name):
         """The value that save_json(name, value) wrote, or None."""
-        file = self.path(f"{name}.json")
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+        return load_json(self.path(f"{name}.json"))
 
     def save_json(self, name, value):
         """Write a value that JSON can hold; returns it as load_json would, so that a resumed run

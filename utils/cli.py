@@ -10,6 +10,7 @@ import json
 import math
 import os
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -28,7 +29,7 @@ def require(condition, message):
 
 # ---- settings and flags -------------------------------------------------------------------------
 
-def setting(default, help, least=None, most=None, choices=None):
+def setting(default, help, least=None, most=math.inf, choices=None):
     """One field of a settings dataclass: its default, its line of documentation, and the values
     that it may have, from `least` to `most` or one of `choices`."""
     return dataclasses.field(default=default, metadata={
@@ -59,10 +60,9 @@ def parse_settings(Settings, argv=None):
                             choices=field.metadata["choices"])
     settings = Settings(**vars(parser.parse_args(argv)))
     for field in dataclasses.fields(Settings):
-        value, least, most = (getattr(settings, field.name), field.metadata["least"],
-                              field.metadata["most"])
+        value, least = getattr(settings, field.name), field.metadata["least"]
         if least is not None:
-            most = math.inf if most is None else most
+            most = field.metadata["most"]
             # Written so that nan, which compares with nothing, is refused too.
             require(least <= value <= most, f"--{field.name.replace('_', '-')} must lie in "
                     f"[{least:g}, {most:g}], not {value}")
@@ -103,12 +103,12 @@ def choose_device(name):
 
     Raises InputError for a device that is not there.
     """
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
-                 "cpu": True}
+    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    available = [*(kind for kind, there in found.items() if there), "cpu"]
     if name == "auto":
-        name = next(kind for kind, there in available.items() if there)
-    require(available.get(name.split(":")[0], False), f"no device {name!r} here; available: "
-            + ", ".join(kind for kind, there in available.items() if there))
+        name = available[0]
+    require(name.split(":")[0] in available,
+            f"no device {name!r} here; available: {', '.join(available)}")
     try:
         return torch.zeros(1, device=name).device
     except RuntimeError as error:
@@ -136,8 +136,7 @@ def make_folder(out):
     out = Path(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        write_aside(out / ".writable", lambda part: part.touch())
-        (out / ".writable").unlink()
+        tempfile.TemporaryFile(dir=out).close()
     except OSError as error:
         raise InputError(f"{out}: cannot be written ({error.strerror})") from error
     return out
@@ -163,11 +162,13 @@ def write_aside(path, write):
 
 def write_json(path, value, indent=1):
     """Write value as JSON, aside first. A number that does not exist (nan) is written as null."""
-    def known(v):
-        if isinstance(v, dict):
-            return {key: known(item) for key, item in v.items()}
-        if isinstance(v, (list, tuple)):
-            return [known(item) for item in v]
-        return None if isinstance(v, float) and math.isnan(v) else v
-    text = json.dumps(known(value), indent=indent, ensure_ascii=False, allow_nan=False) + "\n"
+    # Python writes nan as NaN, which is no JSON: reading it back turns it into None.
+    known = json.loads(json.dumps(value),
+                       parse_constant=lambda name: None if name == "NaN" else float(name))
+    text = json.dumps(known, indent=indent, ensure_ascii=False, allow_nan=False) + "\n"
     write_aside(path, lambda part: part.write_text(text, encoding="utf-8"))
+
+
+def load_json(path):
+    """The value of a JSON file; None if there is no such file."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None

@@ -17,19 +17,18 @@ differ before the last turn. Such records teach nothing here: they are left out,
 """
 
 import gzip
-import importlib.util
 import json
 import math
 import random
 import re
+import runpy
 import zlib
-from bisect import bisect
 from collections import Counter
 from dataclasses import dataclass, field
-from itertools import accumulate, groupby
+from itertools import groupby
 from pathlib import Path
+from statistics import median_low
 
-import numpy as np
 import torch
 
 from model import collate
@@ -37,13 +36,12 @@ from utils.cli import InputError, plural, require
 from utils.tokenizer import Tokenizer, bpe_tokenizer
 
 VOCAB_SIZE = 2048       # kinds of tokens of the byte-level BPE that is trained on one's own texts
-MAX_PREFERENCES = 4000  # preference pairs to learn from, at most
 MIN_GOLD_PAIRS = 100    # A gold model trained on fewer pairs would hardly agree with people.
 TURN = "\n\nAssistant:"     # In HH-RLHF's dialogue strings the response follows the last one.
 ROLES = {"system": "\n\n", "user": "\n\nHuman: ", "assistant": TURN + " "}
 BLANK = re.compile(r"\s*")
 # A record ends with its line, or in an array with a comma or with the array's own end.
-AFTER_LINE, AFTER_ITEM = re.compile(r"[^\S\n]*(\n|\Z)"), re.compile(r"\s*(,|\]\s*\Z)")
+AFTER_LINE, AFTER_ITEM = re.compile(r"\s*(\n|\Z)"), re.compile(r"\s*(,(?=\s*\S)|\]\s*\Z)")
 JSON_NAME = re.compile(r"\.(nd)?json")      # Of .json, .jsonl and .ndjson, gzip or not.
 SURROGATE = re.compile("[\ud800-\udfff]")       # Half of a character: it cannot be written.
 
@@ -59,7 +57,7 @@ class Example:
 # ---- lines and JSON -----------------------------------------------------------------------------
 
 def read_lines(path):
-    """[(line number, text)] of the lines that are not blank; UTF-8, plain or gzip.
+    """The lines of a text file; UTF-8, plain or gzip.
 
     Raises InputError naming file and line for what is missing, empty, damaged or not text.
     """
@@ -76,16 +74,14 @@ def read_lines(path):
     except (OSError, ValueError) as error:      # A path with a null character is a ValueError.
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{path}: cannot be read ({reason})") from error
-    lines = [(number, text) for number, text in enumerate(lines, 1) if text.strip()]
-    require(lines, f"{path}: the file is empty")
+    require(any(map(str.strip, lines)), f"{path}: the file is empty")
     return lines
 
 
 def unique_keys(pairs):
-    """The dict of a JSON object's pairs; a key that stands there twice is a ValueError."""
+    """The dict of a JSON object's pairs; a key that stands there twice is an InputError."""
     record = dict(pairs)
-    if len(record) < len(pairs):
-        raise ValueError("a key stands twice in one object")
+    require(len(record) == len(pairs), "a key stands twice in one object")
     return record
 
 
@@ -94,39 +90,37 @@ DECODER = json.JSONDecoder(parse_int=float, object_pairs_hook=unique_keys)
 
 
 def read_json(path, read):
-    """read(record) of each record, a dict, of a file of JSON lines or of one JSON array.
+    """[read(record)] of the records, dicts, of a file of JSON lines or of one JSON array.
 
     Raises InputError starting with file and line, also for what `read` refuses.
     """
-    numbers, texts = zip(*read_lines(path))
-    text, starts = "\n".join(texts), [0, *accumulate(len(line) + 1 for line in texts)]
+    text, results = "\n".join(read_lines(path)), []
     is_array = text.lstrip().startswith("[")
     position = text.index("[") + 1 if is_array else 0
     if is_array and text[position:].strip() == "]":
-        return
+        return []
     # json.loads would give an array's records at once: no error could name the line of a record.
     while True:
-        position = BLANK.match(text, position).end()
-        line = bisect(starts, position)
+        start = BLANK.match(text, position).end()
         try:
-            record, end = DECODER.raw_decode(text, position)
+            record, end = DECODER.raw_decode(text, start)
             after = (AFTER_ITEM if is_array else AFTER_LINE).match(text, end)
-            fits_line = end < starts[line]          # starts[line] is where the next line begins.
-            if not after or not (is_array or fits_line):
-                if is_array:        # The comma may be missing some lines further down.
-                    line = bisect(starts, BLANK.match(text, end).end())
-                raise ValueError("a record ends with its line, or in an array with ',' or ']'")
+            fits_line = "\n" not in text[start:end]
+            if not after:           # The comma may be missing some lines further down.
+                start = BLANK.match(text, end).end()
+            require(after and (is_array or fits_line),
+                    "not JSON (a record ends with its line, or in an array with ',' or ']')")
             require(isinstance(record, dict), "not a JSON object")
-            result = read(record)
-        except InputError as error:
-            raise InputError(f"{path}:{numbers[line - 1]}: {error}") from error
+            results.append(read(record))
         except (ValueError, RecursionError) as error:
-            reason = getattr(error, "msg", error)
-            raise InputError(f"{path}:{numbers[line - 1]}: not JSON ({reason})") from error
-        yield result
+            reason = f"not JSON ({getattr(error, 'msg', error)})"
+            if isinstance(error, InputError):
+                reason = error
+            line = text.count("\n", 0, start) + 1
+            raise InputError(f"{path}:{line}: {reason}") from error
         position = after.end()
         if position == len(text):
-            return
+            return results
 
 
 # ---- one record ---------------------------------------------------------------------------------
@@ -145,13 +139,6 @@ def as_prompt(text):
     """A prompt's text up to where the response begins: "...Assistant:", or a line of its own."""
     text = text.rstrip()
     return text if text.endswith(TURN) else text + "\n"
-
-
-def split_dialogue(text):
-    """(prompt ending with "Assistant:", response) of an HH-RLHF dialogue string."""
-    prompt, turn, response = text.rpartition(TURN)
-    require(prompt.strip(), "a dialogue needs a prompt and '\\n\\nAssistant:'")
-    return prompt + turn, response
 
 
 def read_turns(record, key, role=None):
@@ -187,7 +174,9 @@ def read_answer(record, key):
             turns = asked + turns
         return split_turns(turns)
     if "prompt" not in record and key in ("chosen", "rejected"):
-        return split_dialogue(text_field(record, key))
+        prompt, turn, response = text_field(record, key).rpartition(TURN)
+        require(prompt.strip(), "a dialogue needs a prompt and '\\n\\nAssistant:'")
+        return prompt + turn, response
     prompt = as_prompt(text_field(record, "prompt"))
     response = text_field(record, key).strip()
     return prompt, " " + response if prompt.endswith(TURN) else response
@@ -239,21 +228,16 @@ def read_examples(path):
 def read_texts(path):
     """Documents of a corpus: JSON with "text", or plain text by paragraph. Raises InputError."""
     if JSON_NAME.search(Path(path).name):
-        return list(read_json(path, lambda record: text_field(record, "text")))
-    paragraphs, last = [], -1
-    for number, text in read_lines(path):
-        if number > last + 1:       # There is a blank line between the two.
-            paragraphs.append([])
-        paragraphs[-1].append(text)
-        last = number
-    return ["\n".join(lines) for lines in paragraphs]
+        return read_json(path, lambda record: text_field(record, "text"))
+    groups = groupby(read_lines(path), key=lambda line: bool(line.strip()))
+    return ["\n".join(lines) for is_paragraph, lines in groups if is_paragraph]
 
 
 def read_prompts(path):
     """Further prompts: JSON with "prompt", or plain text by line. Raises InputError."""
     if JSON_NAME.search(Path(path).name):
-        return list(read_json(path, lambda record: as_prompt(text_field(record, "prompt"))))
-    return [as_prompt(text) for _, text in read_lines(path)]
+        return read_json(path, lambda record: as_prompt(text_field(record, "prompt")))
+    return [as_prompt(line) for line in read_lines(path) if line.strip()]
 
 
 # ---- the world that a run takes place in --------------------------------------------------------
@@ -307,8 +291,7 @@ class World:
                 golden_a, golden_b = (self.golden(prompt, self.text(y)) for _, y in (a, b))
                 if golden_a != golden_b:        # Equally good samples teach no preference.
                     items.append((a, b) if golden_a > golden_b else (b, a))
-        return [item[::-1] if rng.random() < label_noise else item
-                for item in items[:MAX_PREFERENCES]]
+        return [item[::-1] if rng.random() < label_noise else item for item in items]
 
 
 def split_by_prompt(examples, s, rng):
@@ -372,10 +355,7 @@ def file_world(s, seed):
 
 
 def check_world(world, s):
-    """Refuse a world that a run would come to nothing in, before anything is written.
-
-    Raises InputError.
-    """
+    """Raises InputError for a world that a run would come to nothing in."""
     if s.gold == "pairs":
         require(len(world.gold_pairs) >= MIN_GOLD_PAIRS,
                 f"--gold pairs: {s.demos} leaves {len(world.gold_pairs)} pairs of chosen and "
@@ -391,23 +371,13 @@ def check_world(world, s):
 
 def make_notes(world, s, n_left_out, n_cut, n_dropped):
     """What users should know of the world made of their files: a line each, where it applies."""
-    n = len(world.demos)
     n_long = sum(len(world.tokenizer.encode(y)) >= s.max_response for _, y in world.demos)
-    n_gold = len({x for x, _, _ in world.gold_pairs})
-    notes = {
-        f"{plural(n_left_out, 'records')} left out: an empty turn, or two answers to different "
-        "prompts": n_left_out,
-        f"{plural(n_cut, 'prompts')} longer than {s.max_prompt} tokens cut to the end": n_cut,
-        f"{n_long} of {n} demonstrations cut to {s.max_response} tokens: they have no end": n_long,
-        f"{plural(n_dropped, 'demonstrations')} left out: cut, a held-out prompt": n_dropped,
-        f"{n_gold} prompts with {len(world.gold_pairs)} pairs are the gold model's, no learner's":
-            n_gold,
-        f"only {plural(n, 'demonstrations')}: the numbers will mean little": n < 100,
-        "no --corpus: pi_0 is pretrained on the demonstrations": not (s.corpus or s.init),
-        f"{s.corpus} is one document (an empty line would part two): pi_0 will learn little":
-            s.corpus and len(world.corpus) == 1,
-    }
-    return [note for note, applies in notes.items() if applies]
+    notes = [
+        (n_left_out, "records", "left out: an empty turn, or two answers to different prompts"),
+        (n_cut, "prompts", f"longer than {s.max_prompt} tokens cut to the end"),
+        (n_long, "demonstrations", f"cut to {s.max_response} tokens, without an end"),
+        (n_dropped, "demonstrations", "left out: cut, a held-out prompt")]
+    return [f"{plural(n, things)} {what}" for n, things, what in notes if n]
 
 
 def load_golden(spec):
@@ -415,12 +385,9 @@ def load_golden(spec):
     file, _, name = spec.rpartition(":")
     require(Path(file).is_file(), f"--gold {spec}: no such file; write FILE.py:FUNCTION, or pairs")
     try:
-        module_spec = importlib.util.spec_from_file_location("golden", file)
-        module = importlib.util.module_from_spec(module_spec)
-        module_spec.loader.exec_module(module)
+        function = runpy.run_path(file).get(name)
     except Exception as error:      # Whatever the user's file raises is the user's to read.
         raise InputError(f"--gold {spec}: {type(error).__name__}: {error}") from error
-    function = getattr(module, name, None)
     require(callable(function), f"--gold {spec}: {file} has no function {name!r}")
 
     def golden(prompt, response):
@@ -438,51 +405,26 @@ def load_golden(spec):
 
 def describe(path, s):
     """What `python afd.py --demos FILE --dry-run` prints: what the file holds, its lengths in
-    tokens, what would be cut, and the first example with its loss mask. Raises InputError."""
+    tokens, what would be cut, and where the first example bears loss. Raises InputError."""
     examples, forms, left_out = read_examples(path)
     texts = [e.prompt + e.response for e in examples]
     tokenizer = Tokenizer.from_pretrained(s.init) if s.init else bpe_tokenizer(texts, VOCAB_SIZE)
+    lines = [f"{path}: {plural(forms.total(), 'records')}, {len(examples):,} of use",
+             *(f"{n:>9,}  {form}" for form, n in forms.items()),
+             *(f"{n:>9,}  left out: {why}" for why, n in left_out.items()),
+             f"in tokens ({len(tokenizer):,} kinds, {s.init or 'a BPE of it'}), with EOS:"]
     limits = {"prompt": s.max_prompt, "response": s.max_response, "rejected": s.max_response}
-    first = tokenizer.encode_pair(examples[0].prompt, examples[0].response, s.max_prompt,
-                                  s.max_response)
-    return "\n".join([
-        f"{path}: {plural(forms.total(), 'records')}, {len(examples):,} of use",
-        *(f"{n:>9,}  {form}" for form, n in forms.items()),
-        *(f"{n:>9,}  left out: {why}" for why, n in left_out.items()),
-        f"lengths in tokens ({len(tokenizer):,} kinds, {s.init or 'a BPE of it'}), with EOS:",
-        *length_table(tokenizer, examples, limits),
-        f"cut: prompts to their last {s.max_prompt} tokens, answers to their first "
-        f"{s.max_response}, which then have no EOS",
-        "the first example as the learner sees it, what bears loss marked:",
-        *show_pair(tokenizer, first)])
-
-
-def length_table(tokenizer, examples, limits):
-    """Lines of text: for each part of an example quantiles of its length in tokens, and how many
-    are longer than limits[part]."""
-    table = ["                min   median      90%      99%      max      cut"]
     for part, limit in limits.items():
         eos = 0 if part == "prompt" else 1
         texts = [getattr(e, part) for e in examples]
         lengths = [len(tokenizer.encode(text)) + eos for text in texts if text]
         if lengths:
-            quantiles = np.quantile(lengths, [0, 0.5, 0.9, 0.99, 1], method="nearest")
-            row = [*map(int, quantiles), sum(n > limit for n in lengths)]
-            table.append(f"{part:>10} " + "".join(f"{n:>9,}" for n in row))
-    return table
-
-
-def show_pair(tokenizer, pair):
-    """Lines of text of a pair; "loss |" stands before each that bears loss, by the losses' mask."""
-    batch, lines = collate([pair]), []
-    ids, mask = batch.tokens[0].tolist(), batch.response_mask()[0].tolist()
-    tokens = [(i, bears_loss and i not in tokenizer.suppress) for i, bears_loss in zip(ids, mask)]
-    # One run of tokens is decoded at once, because a character may be several tokens.
-    for (loss, is_eos), run in groupby(tokens, lambda token: (token[1], token[0] == tokenizer.eos)):
-        text = tokenizer.backend.decode([i for i, _ in run], skip_special_tokens=False)
-        text = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
-        margin, end = "  loss | " if loss else "       | ", "  (EOS)" if is_eos else ""
-        lines += [margin + line + end for line in text.split("\n")]
-    if ids[-1] != tokenizer.eos:
-        lines.append("       | (cut here: no EOS)")
-    return lines
+            lines.append(f"{part:>9}  median {median_low(lengths):,}, longest {max(lengths):,}, "
+                         f"cut to {limit:,}: {sum(n > limit for n in lengths):,}")
+    # The first example is shown as the learner sees it: cut, and by the losses' own mask.
+    batch = collate([tokenizer.encode_pair(examples[0].prompt, examples[0].response,
+                                           s.max_prompt, s.max_response)])
+    for name, mask in (("no loss", ~batch.response_mask()), ("loss", batch.response_mask())):
+        text = tokenizer.backend.decode(batch.tokens[mask].tolist(), skip_special_tokens=False)
+        lines.append(f"{name:>9}  {text!r}")
+    return "\n".join(lines)

@@ -66,26 +66,17 @@ def sample_responses(world, policy, n, generator, label=None):
                                           generator=generator, label=label))
 
 
-class LogProbability:
-    """log pi(y|x) in a reward's place, so that `score` can compute it batch by batch."""
-
-    def __init__(self, policy):
-        self.policy, self.device = policy, policy.device
-
-    def __call__(self, batch):
-        return logp_seq(self.policy, batch)
-
-
 # ---- methods and their names --------------------------------------------------------------------
 
 METHODS = ("po init-sft 0.3", "closed-form log-ratio 0.3", "closed-form floored 0.3",
            "adversarial reverse_kl", "adversarial forward_kl", "adversarial-exact reverse_kl",
            "adversarial-exact forward_kl", "temperature 0.5", "spin", "irft",
-           "dpo")       # --methods all
-# The word that follows a method's family, if any, and whether beta follows that.
-FORMS = {"po": (REWARD_MODELS, True), "closed-form": (("log-ratio", "floored"), True),
-         "adversarial": (DIVERGENCES, False), "adversarial-exact": (DIVERGENCES, False),
-         "temperature": (None, True), "spin": (None, False), "irft": (None, False), "dpo": (None, False)}
+           "dpo")                                                       # --methods all
+# The words that follow a method's family: one of these names, or a number below its bound.
+BOUNDS = {"BETA": math.inf, "T": 1.0}
+FORMS = {"po": ("|".join(REWARD_MODELS), "BETA"), "closed-form": ("log-ratio|floored", "BETA"),
+         "adversarial": ("|".join(DIVERGENCES),), "adversarial-exact": ("|".join(DIVERGENCES),),
+         "temperature": ("T",), "spin": (), "irft": (), "dpo": ()}
 FAMILIES = {"init": "pi_0", "po": "policy optimisation", "closed-form": "closed form"}
 
 
@@ -97,35 +88,27 @@ def parse_methods(text):
     """
     methods = []
     for part in {"all": ",".join(METHODS), "none": ""}.get(text, text).split(","):
-        family, *words = part.split() or [""]
-        if not family:
+        if not part.strip():
             continue
+        family, *words = part.split()
         require(family in FORMS, f"--methods: unknown {family!r}; known: {', '.join(FORMS)}")
-        targets, has_beta = FORMS[family]
-        form = [family]
-        if targets:
-            form.append("|".join(targets))
-        if has_beta:
-            form.append("BETA")
-        known = not targets or (len(words) > 0 and words[0] in targets)
-        require(known and len(words) == len(form) - 1,
-                f"--methods: {part.strip()!r} must have the form: {' '.join(form)}")
-        if has_beta:
-            words[-1] = f"{positive(words[-1]):g}"
-            require(family != "temperature" or float(words[-1]) < 1,
-                    f"--methods: a temperature must lie below 1, not {words[-1]}")
+        form = FORMS[family]
+        require(len(words) == len(form),
+                f"--methods: {part.strip()!r} must have the form: {' '.join([family, *form])}")
+        for i, (kind, word) in enumerate(zip(form, words)):
+            if kind not in BOUNDS:
+                require(word in kind.split("|"), f"--methods: {part.strip()!r} must have the form: "
+                        + " ".join([family, *form]))
+                continue
+            try:
+                value = float(word)
+            except ValueError:
+                value = math.nan
+            require(0 < value < BOUNDS[kind], f"--methods: {kind} must be a number above 0 and "
+                    f"below {BOUNDS[kind]:g}, not {word}")
+            words[i] = f"{value:g}"
         methods.append(" ".join([family, *words]))
     return list(dict.fromkeys(methods))     # each once
-
-
-def positive(word):
-    """The number above 0 that a word says. Raises InputError."""
-    try:
-        value = float(word)
-    except ValueError:
-        value = math.nan
-    require(0 < value < math.inf, f"--methods: BETA must be a number above 0, not {word}")
-    return value
 
 
 def row_name(method):
@@ -151,8 +134,7 @@ class Evaluator:
         self.world, self.sft, self.run = world, sft, run
         self.candidates, self.comparison = candidates, comparison
         self.rows, self.curve, self.responses = [], [], {}
-        self.demo = self._demonstrations(world.test_demos)
-        self.unmarked = self.demo
+        self.demo = self.unmarked = self._demonstrations(world.test_demos)
         if world.unmark:
             self.unmarked = self._demonstrations([[world.unmark(y) for y in row]
                                                   for row in world.test_demos])
@@ -166,7 +148,10 @@ class Evaluator:
 
     def _logp(self, policy, responses):
         """log pi(y|x) of each response, (P, M)."""
-        return score(LogProbability(policy), responses.pairs).reshape(responses.lengths.shape)
+        def log_probability(batch):     # in a reward's place: `score` computes it batch by batch
+            return logp_seq(policy, batch)
+        log_probability.device = policy.device
+        return score(log_probability, responses.pairs).reshape(responses.lengths.shape)
 
     def _forward_kl(self, policy):
         """E_beta[log d_beta - log pi] over the held-out demonstrations, without their marks: no
@@ -362,23 +347,25 @@ def grouped(records, key):
     return groups
 
 
-def over_seeds(records, column, within=None):
-    """(mean over seeds of a column, its 95% half-width), or (None, None) where it is empty.
+# The columns whose 95% half-width over prompts or pairs each seed has, and where it stands.
+INTERVALS = {"golden": "golden_ci95", "human_agreement": "human_ci95"}
 
-    One seed's half-width is its own, from the column `within`: over its prompts or pairs.
-    """
+
+def over_seeds(records, column):
+    """(mean over seeds of a column, its 95% half-width), or (None, None) where it is empty. One
+    seed's half-width is its own, if it has one."""
     values = [record[column] for record in records if record[column] is not None]
     if not values:
         return None, None
     mean, half = mean_ci(values)
-    if len(records) == 1 and within:
-        half = records[0][within]
+    if len(records) == 1 and column in INTERVALS:
+        half = records[0][INTERVALS[column]]
     return mean, half
 
 
 def summarise(rows, n):
-    """Means over seeds with Student's t intervals: each method's golden reward, and its share of the
-    gain over pi_SFT of the best of n by golden. No methods where nobody knows golden."""
+    """Means over seeds with Student's t intervals: each method's golden reward, and its place on a
+    scale from 0, pi_SFT, to 1, the best of n by golden. No methods where nobody knows golden."""
     golden = {(row["seed"], row["name"]): row["golden"] for row in rows}
     seeds = sorted({seed for seed, _ in golden})
     summary = {"n": n, "seeds": seeds, "methods": {}}
@@ -386,25 +373,21 @@ def summarise(rows, n):
         return summary
     for name in dict.fromkeys(name for _, name in golden):
         # A method that only some of the seeds have cannot be compared with the others.
-        if all((seed, name) in golden for seed in seeds):
-            shares = [share_of_gain(golden, seed, name, n) for seed in seeds]
-            summary["methods"][name] = {
-                "golden": mean_ci([golden[seed, name] for seed in seeds]),
-                "share_of_golden_gain": mean_ci(shares)}
+        if not all((seed, name) in golden for seed in seeds):
+            continue
+        shares = []
+        for seed in seeds:
+            sft, best = golden[seed, "pi_SFT"], golden[seed, f"best of {n}, golden"]
+            shares.append((golden[seed, name] - sft) / (best - sft) if best > sft else math.nan)
+        summary["methods"][name] = {"golden": mean_ci([golden[seed, name] for seed in seeds]),
+                                    "share_of_golden_gain": mean_ci(shares)}
     return summary
 
 
-def share_of_gain(golden, seed, name, n):
-    """Golden reward of a method on a scale from 0, pi_SFT, to 1, the best of n by golden."""
-    sft, best = golden[seed, "pi_SFT"], golden[seed, f"best of {n}, golden"]
-    return (golden[seed, name] - sft) / (best - sft) if best > sft else math.nan
-
-
 def pick_samples(evaluator, scores, n):
-    """Per held-out prompt, side by side: a sample of pi_0, one of pi_SFT, the pick of n by the
-    first of scores {name: (P, N)}, a sample of the first optimised policy if there is one, a
-    demonstration; each with its golden reward. For the first BROWSED of them all candidates, with
-    every selector's scores.
+    """Per held-out prompt, side by side: samples of policies, the pick of n by the first of
+    scores {name: (P, N)} and a demonstration, each with its golden reward. For the first BROWSED
+    prompts all candidates, with every selector's scores.
     """
     world, candidates = evaluator.world, evaluator.candidates
     name, proxy = next(iter(scores.items()))
@@ -420,10 +403,9 @@ def pick_samples(evaluator, scores, n):
         best = int(proxy[i][:n].argmax())
         writers = {"pi_0": sample(evaluator.responses["pi_0"], i, 0),
                    "pi_SFT": sample(candidates, i, 0, proxy),
-                   f"best of {n}, {name}": sample(candidates, i, best, proxy)}
-        for row in optimised:
-            writers[row] = sample(evaluator.responses[row], i, 0)
-        writers["demonstration"] = sample(evaluator.demo, i, 0)
+                   f"best of {n}, {name}": sample(candidates, i, best, proxy),
+                   **{row: sample(evaluator.responses[row], i, 0) for row in optimised},
+                   "demonstration": sample(evaluator.demo, i, 0)}
         if world.unmark:        # with its marks, which the policy's tokenizer does not know
             writers["demonstration"]["text"] = world.test_demos[i][0]
         samples.append({"prompt": prompt, "writers": writers})
@@ -469,19 +451,12 @@ def ranks(values):
     return below + (equal - 1) / 2
 
 
-def correlation(a, b):
-    """Pearson correlation along the last axis; nan where either side does not vary."""
-    a, b = a - a.mean(-1, keepdims=True), b - b.mean(-1, keepdims=True)
-    norm = np.sqrt((a ** 2).sum(-1) * (b ** 2).sum(-1))
-    return np.divide((a * b).sum(-1), norm, out=np.full(norm.shape, np.nan), where=norm > 1e-12)
-
-
 def rank_correlation(a, b):
     """Spearman's correlation within each prompt, (P, N) against (P, N): the mean over the prompts
     where both sides vary; nan if there are none."""
-    values = correlation(ranks(a), ranks(b))
-    known = values[np.isfinite(values)]
-    return float(known.mean()) if len(known) else math.nan
+    a, b = (ranks(side) for side in (a, b))
+    values = [np.corrcoef(x, y)[0, 1] for x, y in zip(a, b) if np.ptp(x) > 0 and np.ptp(y) > 0]
+    return float(np.mean(values)) if values else math.nan
 
 
 def calibration(logits, labels, bins=10):

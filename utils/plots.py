@@ -77,8 +77,8 @@ def draw_run(out, results):
         title = "golden reward (by --gold), points"
     demo, _ = over_seeds([row for row in results["rows"] if row["name"] == "demonstrations"],
                          "golden")
-    paths = [draw_best_of_n(results["best_of_n"], demo, Path(out) / "best_of_n.png", title)]
-    paths.append(draw_reward_models(results["reward_models"], Path(out) / "reward_models.png"))
+    paths = [draw_best_of_n(results["best_of_n"], demo, Path(out) / "best_of_n.png", title),
+             draw_reward_models(results["reward_models"], Path(out) / "reward_models.png")]
     return [path for path in paths if path]
 
 
@@ -144,10 +144,9 @@ def draw_reward_models(records, path):
                                      squeeze=False)
     models = grouped(records[::-1], "reward_model")     # bars are drawn from the bottom up
     for axis, (column, title) in zip(axes[0], panels):
-        people = column == "human_agreement"
-        chance = 0.5 if people else 0
+        chance = 0.5 if column == "human_agreement" else 0
         for i, (name, mine) in enumerate(models.items()):
-            mean, half = over_seeds(mine, column, "human_ci95" if people else None)
+            mean, half = over_seeds(mine, column)
             if mean is None:
                 axis.text(chance, i, " not defined", va="center", fontsize=7, color="#555555")
             else:

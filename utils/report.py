@@ -13,8 +13,8 @@ from html import escape
 from itertools import groupby
 from pathlib import Path
 
-from utils.cli import plural, write_aside, write_json
-from utils.evaluate import grouped, over_seeds, summarise
+from utils.cli import plural, load_json, write_aside, write_json
+from utils.evaluate import INTERVALS, grouped, over_seeds, summarise
 from utils.plots import COLORS, draw_run
 
 FIGURES = {     # that a run may have drawn: what is to be seen in them
@@ -22,27 +22,36 @@ FIGURES = {     # that a run may have drawn: what is to be seen in them
                      "Where they part: over-optimisation.",
     "reward_models.png": "What the scores of each reward model go with; rank correlations are "
                          "within a prompt."}
-# Column of results.json, title in the terminal with its format there, title and format in the page.
-COLUMNS = (("proxy", "proxy", "6.1f", "proxy, nats", ".1f"),
-           ("win_vs_sft", "w/SFT", "6.2f", "win/SFT", ".2f"),
-           ("win_vs_demo", "w/demo", "7.2f", "win/demo", ".2f"),
-           ("kl", "KL", "6.1f", "KL, nats", ".1f"),
-           ("reverse_kl", "rev", "5.0f", "rev. KL, nats", ".1f"),
-           ("forward_kl", "fwd", "6.1f", "fwd. KL, nats", ".1f"),
-           ("entropy", "H", "6.1f", "entropy, nats", ".1f"),
-           ("distinct", None, None, "distinct", ".2f"),
-           ("length", "len", "4.0f", "length, tokens", ".0f"))
-LEARNED = (("accuracy", "accuracy", "accuracy"),
-           ("calibration_error", "calib.", "calibration error"),
-           ("corr_golden", "golden", "correlation with golden"),
-           ("corr_length", "length", "correlation with length"),
-           ("marks_worth", "marks", "worth of the marks, sd"),
-           ("human_agreement", "agrees with people", "agrees with people"))
+# Columns of results.json: title, width and format in the terminal, where one without a title is
+# not shown; title and format in the page.
+RESULTS = (("golden", "golden", 11, ".2f", "golden, points", ".2f"),
+           ("proxy", "proxy", 6, ".1f", "proxy, nats", ".1f"),
+           ("win_vs_sft", "w/SFT", 6, ".2f", "win/SFT", ".2f"),
+           ("win_vs_demo", "w/demo", 7, ".2f", "win/demo", ".2f"),
+           ("kl", "KL", 6, ".1f", "KL, nats", ".1f"),
+           ("reverse_kl", "rev", 5, ".0f", "rev. KL, nats", ".1f"),
+           ("forward_kl", "fwd", 6, ".1f", "fwd. KL, nats", ".1f"),
+           ("entropy", "H", 6, ".1f", "entropy, nats", ".1f"),
+           ("distinct", "", 0, ".2f", "distinct", ".2f"),
+           ("length", "len", 4, ".0f", "length, tokens", ".0f"))
+LEARNED = (("accuracy", "accuracy", 9, ".2f", "accuracy", ".2f"),
+           ("calibration_error", "calib.", 8, ".2f", "calibration error", ".2f"),
+           ("corr_golden", "golden", 8, ".2f", "correlation with golden", ".2f"),
+           ("corr_length", "length", 8, ".2f", "correlation with length", ".2f"),
+           ("marks_worth", "marks", 8, ".2f", "worth of the marks, sd", ".2f"),
+           ("human_agreement", "agrees with people", 20, ".3f", "agrees with people", ".3f"))
 
 
 def number(value, form=".2f"):
     """The value in this format; a dash for one that is not known."""
     return "-" if value is None or value != value else format(value, form)
+
+
+def cell(records, column, form, plus_minus):
+    """The mean over seeds of a column, never without its interval if it has one."""
+    mean, half = over_seeds(records, column)
+    text = number(mean, form)
+    return f"{text}{plus_minus}{number(half, form):>4}" if column in INTERVALS else text
 
 
 def golden_note(note):
@@ -63,8 +72,7 @@ def collect(out, head, parts):
         results[key] = [record for part in parts.values() for record in part[key]]
     for key in ("curves", "seconds"):
         results[key] = {seed: part[key] for seed, part in parts.items()}
-    n = min(16, head["settings"]["n_candidates"])
-    results["summary"] = summarise(results["rows"], n)
+    results["summary"] = summarise(results["rows"], min(16, head["settings"]["n_candidates"]))
     write_json(Path(out) / "results.json", results)
     return results
 
@@ -72,8 +80,7 @@ def collect(out, head, parts):
 def present(out, results, world):
     """Print the tables and samples of the first seed; draw the figures and write the report."""
     first = next(iter(results["seconds"]))
-    file = Path(out) / f"seed{first}" / "results.json"
-    samples = json.loads(file.read_text(encoding="utf-8"))["samples"]
+    samples = load_json(Path(out) / f"seed{first}" / "results.json")["samples"]
     print_table(results)
     print_reward_models(results["reward_models"])
     print_samples(samples)
@@ -97,16 +104,17 @@ def print_table(results):
     unit = "log-odds" if results["golden"] else "points"
     print(f"\ngolden reward in {unit} +- 95% over {over}; in nats: proxies, KL(pi|SFT),\n"
           "rev KL(pi|demonstrator), fwd KL(demonstrator|pi), H entropy")
-    columns = [(column, title, form) for column, title, form, *_ in COLUMNS if title]
-    width = max(map(len, groups)) + 1
-    print(f"{'':{width}}{'golden':>11}"
-          + "".join(f"{title:>{form[0]}}" for _, title, form in columns))
-    for name, rows in groups.items():
-        golden, half = map(number, over_seeds(rows, "golden", "golden_ci95"))
-        print(f"{name:{width}}{golden:>5}+-{half:>4}" + "".join(
-            f"{number(over_seeds(rows, column)[0], form[1:]):>{form[0]}}"
-            for column, _, form in columns))
+    print_lines(groups, RESULTS, max(map(len, groups)) + 1, "+-")
     print_outcome(results, unit)
+
+
+def print_lines(groups, columns, margin, plus_minus):
+    """Titles, then a line for each group of records: its name in the margin, its cells."""
+    columns = [column for column in columns if column[1]]
+    print(" " * margin + "".join(f"{title:>{width}}" for _, title, width, *_ in columns))
+    for name, records in groups.items():
+        print(f"{name:{margin}}" + "".join(f"{cell(records, column, form, plus_minus):>{width}}"
+                                           for column, _, width, form, *_ in columns))
 
 
 def print_outcome(results, unit):
@@ -128,21 +136,8 @@ def print_reward_models(records):
     print("\nwhat the reward models learned: accuracy and calibration error on held-out pairs; rank"
           "\ncorrelation with golden reward and length; worth of the marks in sd of scores")
     people = any(record["human_pairs"] for record in records)
-    columns = LEARNED if people else LEARNED[:-1]
-    widths = (9, 8, 8, 8, 8, 20)
-    print(f"{'':18}" + "".join(f"{title:>{width}}" for (_, title, _), width
-                               in zip(columns, widths)))
-    for name, mine in grouped(records, "reward_model").items():
-        print(f"  {name:16}" + "".join(f"{learned_cell(mine, column, ' +- '):>{width}}"
-                                       for (column, *_), width in zip(columns, widths)))
-
-
-def learned_cell(records, column, plus_minus):
-    """One cell of the table of reward models; agreement with people never without its interval."""
-    if column == "human_agreement":
-        mean, half = over_seeds(records, column, "human_ci95")
-        return f"{number(mean, '.3f')}{plus_minus}{number(half, '.3f')}"
-    return number(over_seeds(records, column)[0])
+    groups = {f"  {name}": mine for name, mine in grouped(records, "reward_model").items()}
+    print_lines(groups, LEARNED if people else LEARNED[:-1], 18, " +- ")
 
 
 def print_samples(samples, count=3):
@@ -172,7 +167,9 @@ def write_report(out, results, samples, world):
     task = f"{settings['task']}, heterogeneity {settings['heterogeneity'] or 0:g}"
     if settings["demos"]:
         task = Path(settings["demos"]).name
-    pictures = {path.with_name(name): caption for name, caption in FIGURES.items()}
+    # A column of zeros, as of the marks where there are none, is left out as well.
+    learned = [part for part in LEARNED
+               if any(record[part[0]] for record in results["reward_models"])]
     shown = {"command": results["command"], **results["versions"], **settings}
     data = json.dumps(browser_data(samples, world, n), allow_nan=False)
     parts = {
@@ -182,9 +179,12 @@ def write_report(out, results, samples, world):
         "N": str(n), "SEED": seeds[0], "VERDICT": escape(verdict(results)),
         "NOTES": "".join(f"<p>{escape(note)}</p>\n" for note in world.notes),
         "GOLD": escape(golden_note(results["golden"])) if results["golden"] else "",
-        "TABLE": result_table(results["rows"]), "LEARNED": learned_table(results["reward_models"]),
-        "FIGURES": "".join(figure(picture, caption) for picture, caption in pictures.items()
-                           if picture.exists()),
+        "TABLE": page_table("Golden reward beside every proxy", "writer",
+                            grouped(results["rows"], "name"), RESULTS),
+        "LEARNED": page_table("What the reward models learned", "reward model",
+                              grouped(results["reward_models"], "reward_model"), learned),
+        "FIGURES": "".join(figure(path.with_name(name), caption)
+                           for name, caption in FIGURES.items() if path.with_name(name).exists()),
         "SETTINGS": "".join(f"<div><dt>{escape(key)}</dt><dd>{escape(str(value))}</dd></div>\n"
                             for key, value in shown.items() if value is not None),
         "DATA": data.replace("<", "\\u003c")}       # no tag can end or begin in the script element
@@ -207,7 +207,7 @@ def verdict(results):
         models = [name for name in learned if f"best of {n}, {name}" in methods]
         best = max(models, key=lambda name: golden[f"best of {n}, {name}"])
         name = f"best of {n}, {best}"
-        _, half = over_seeds(grouped(results["rows"], "name")[name], "golden", "golden_ci95")
+        _, half = over_seeds(grouped(results["rows"], "name")[name], "golden")
         unit = "log-odds by the trained model" if results["golden"] else "points"
         share = number(methods[name]["share_of_golden_gain"][0], ".0%")
         return (f"{among}{best} picks best: its best of {n} earns {golden[name]:.2f} ± "
@@ -219,7 +219,7 @@ def verdict(results):
     if not any(record["human_pairs"] for record in results["reward_models"]):
         return f"{unknown}, and no held-out pairs say what people prefer: read the samples."
     best = max(learned, key=lambda name: over_seeds(learned[name], "human_agreement")[0])
-    mean, half = over_seeds(learned[best], "human_agreement", "human_ci95")
+    mean, half = over_seeds(learned[best], "human_agreement")
     chance = "above chance" if mean - half > 0.5 else "which chance may explain"
     return (f"{unknown}. {among}{best} agrees most with people, on {mean:.3f} ± {half:.3f} of "
             f"{plural(learned[best][0]['human_pairs'], 'held-out pairs')}, {chance}.")
@@ -233,41 +233,26 @@ def figure(path, caption):
             f"<figcaption>{text}</figcaption></figure>\n")
 
 
-def table(caption, header, lines):
-    """A table in a scroll box, without the columns of which nothing is known; the first cell of
-    each line is (name, colour or None)."""
-    header, *lines = zip(*(c for c in zip(header, *lines) if set(c[1:]) != {"-"}))
-    head = "".join(f'<th scope="col">{escape(title)}</th>' for title in header)
+def page_table(caption, corner, groups, columns):
+    """A table in a scroll box: a line for each group of records, without the columns of which
+    nothing is known. corner: the title of the names."""
+    shown = {}
+    for column, *_, title, form in columns:
+        # A single prompt has no interval: then the mean stands alone.
+        cells = [cell(records, column, form, " ± ").removesuffix(" ±    -")
+                 for records in groups.values()]
+        if set(cells) != {"-"}:
+            shown[title] = cells
+    head = "".join(f'<th scope="col">{escape(title)}</th>' for title in (corner, *shown))
     body = ""
-    for (name, color), *cells in lines:
+    for name, *cells in zip(groups, *shown.values()):
+        # "best of 16, init-sft" and "policy optimisation, init-sft 0.3" have init-sft's colour.
+        color = COLORS.get(name.split(", ")[-1].split(" ")[0])
         swatch = f'<i class="swatch" style="background:{color}"></i>' if color else ""
         body += (f'<tr><th scope="row">{swatch}{escape(name)}</th>'
-                 + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>\n")
+                 + "".join(f"<td>{escape(text)}</td>" for text in cells) + "</tr>\n")
     return (f'<div class="scroll" role="region" aria-label="{caption}" tabindex="0"><table>'
             f"<thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>")
-
-
-def result_table(rows):
-    """Golden reward beside every proxy: the table that a run prints."""
-    lines = []
-    for name, mine in grouped(rows, "name").items():
-        golden, half = map(number, over_seeds(mine, "golden", "golden_ci95"))
-        # "best of 16, init-sft" and "policy optimisation, init-sft 0.3" have init-sft's colour.
-        source = name.partition(", ")[2].partition(" ")[0]
-        lines.append(((name, COLORS.get(source)), golden + (f" ± {half}" if half != "-" else ""),
-                      *(number(over_seeds(mine, column)[0], form)
-                        for column, *_, form in COLUMNS)))
-    titles = [title for *_, title, _ in COLUMNS]
-    return table("Golden reward beside every proxy", ("writer", "golden, points", *titles), lines)
-
-
-def learned_table(records):
-    """What the reward models learned: the second table that a run prints."""
-    known = [part for part in LEARNED if any(record[part[0]] for record in records)]
-    lines = [((name, COLORS[name]), *(learned_cell(mine, column, " ± ") for column, *_ in known))
-             for name, mine in grouped(records, "reward_model").items()]
-    return table("What the reward models learned",
-                 ("reward model", *(title for *_, title in known)), lines)
 
 
 # ---- the browser of samples ---------------------------------------------------------------------

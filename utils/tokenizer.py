@@ -4,12 +4,11 @@ A tokenizer knows which token ends a text (eos) and which ones no policy may wri
 files are those of the `tokenizers` library, which transformers' AutoTokenizer opens too.
 """
 
-import json
 from pathlib import Path
 
 import tokenizers
 
-from utils.cli import require, write_aside, write_json
+from utils.cli import load_json, require, write_aside, write_json
 
 PAD, EOS, UNK = "<|pad|>", "<|endoftext|>", "<|unk|>"
 
@@ -103,8 +102,8 @@ class Tokenizer:
         for field, token in names.items():
             if self.backend.token_to_id(token) is not None:
                 config[field] = token
-        if (folder / "config.json").is_file():
-            model = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        model = load_json(folder / "config.json")
+        if model:
             config["model_max_length"] = model["n_positions"]
         write_json(folder / "tokenizer_config.json", config)
         write_aside(folder / "tokenizer.json", lambda part: self.backend.save(str(part)))
