@@ -9,9 +9,10 @@
                   form; beside them online adversarial imitation, SPIN, IRFT and DPO
 
 Source: Sun and van der Schaar, "Inverse-RLignment", arXiv:2405.15624. Differs from the paper: the
-reward head is summed over tokens (--head last is the common one), policies are small and the golden
-reward is known. It stands beside every proxy; only `preference` and DPO see it, in their labels.
-In code `init` is pi_0, `sft` pi_SFT, `kl_coef` beta. Golden in points; proxies and KL in nats.
+reward head is summed over tokens (--head last is the common one), policies are small, and the true
+quality of a text is known: its golden reward, in points, which stands beside every learned proxy.
+Only `preference` and DPO see it, in their labels. In code `init` is pi_0, `sft` pi_SFT, and
+`kl_coef` the beta that weighs a KL (in formulas beta is the demonstrator too). KLs are in nats.
 """
 
 import math
@@ -27,7 +28,6 @@ from model import GPT, GPTConfig, generate
 from reward import (HEADS, Adversary, ExactAdversary, LogRatio, RewardModel, TokenExtrapolation,
                     score)
 from toy_envs.text_tasks import text_world
-from train import PolicyConfig, TrainConfig
 from utils.checkpoints import Run, claim_folder, load_init, provenance
 from utils.cli import (choose_device, in_threads, parse_settings, plural, require, run_script,
                        setting)
@@ -39,7 +39,7 @@ from utils.report import collect, present
 
 @dataclass
 class Settings:
-    """Align a language model from demonstrations alone, the truth beside every number.
+    """Align a language model from demonstrations alone; the golden reward beside every number.
 
     python afd.py                             the helpful task, one seed
     python afd.py --task harmless --seeds 5   means, intervals over five seeds
@@ -49,7 +49,7 @@ class Settings:
     """
     task: str = setting("helpful", "built-in text task", choices=["helpful", "harmless"])
     base: str = setting("good", "habits of pi_0's language in that task", choices=["good", "idle"])
-    heterogeneity: float = setting(0.0, "chance that a demonstrator's clause has a mark", 0, 1)
+    heterogeneity: float = setting(0.0, "chance of a mark, which no policy can write", 0, 1)
     seed: int = setting(0, "first random seed", 0, 2 ** 32)
     seeds: int = setting(1, "how many seeds; from two on, intervals are over seeds", 1)
     head: str = setting("sum", "reward head: summed over tokens, or at the last", choices=HEADS)
@@ -74,20 +74,20 @@ class Settings:
     n_demos: int = setting(4000, "demonstrations, at most", 1)
     n_samples: int = setting(0, "samples of each policy (0: 9000, with --demos 1000)", 0)
     n_prompts: int = setting(200, "held-out prompts for the evaluation, at most", 1)
-    n_candidates: int = setting(0, "largest N, a power of two (0: 64, with --demos 16)", 0)
-    n_embd: int = setting(64, "width of the transformer", 4)
+    n_candidates: int = setting(0, "largest N (0: 64 or 16)", choices=[0, 1, 2, 4, 8, 16, 32, 64, 128])
+    n_embd: int = setting(64, "the model's width", choices=[16, 32, 64, 128, 256, 512, 768, 1024])
     n_layer: int = setting(2, "its layers", 1)
-    max_prompt: int = setting(192, "with --demos: tokens of a prompt; of longer ones the end", 1)
+    max_prompt: int = setting(192, "with --demos: tokens of a prompt, at most; its end is kept", 1)
     max_response: int = setting(64, "with --demos: tokens of a response; longer ones are cut", 1)
     sft_epochs: float = setting(4.0, "passes over the demonstrations", 1e-9, 1e9)
     policy_steps: int = setting(100, "po, adversarial: policy-gradient steps", 1)
 
 
 # How each stage is trained at a width of 64; docs/LOG.md says why.
-PRETRAIN = TrainConfig(lr=1.2e-2, batch_size=24, warmup=0.05)
-SFT, REWARD = TrainConfig(lr=3e-3), TrainConfig(lr=3e-3)
-POLICY, ADVERSARIAL = PolicyConfig(lr=3e-3), PolicyConfig(lr=3e-4)
-PAIRS, DPO_BETA, IRFT_ROUNDS = TrainConfig(lr=3e-4), 0.1, 3
+PRETRAIN = train.TrainConfig(lr=1.2e-2, batch_size=24, warmup=0.05)
+SFT, REWARD = train.TrainConfig(lr=3e-3), train.TrainConfig(lr=3e-3)
+POLICY, ADVERSARIAL = train.PolicyConfig(lr=3e-3), train.PolicyConfig(lr=3e-4)
+PAIRS, DPO_BETA, IRFT_ROUNDS = train.TrainConfig(lr=3e-4), 0.1, 3
 FLOORS = {"log-ratio": 0.0, "floored": 0.1}         # alpha of reward.LogRatio
 
 
@@ -96,9 +96,9 @@ FLOORS = {"log-ratio": 0.0, "floored": 0.1}         # alpha of reward.LogRatio
 def run(s, world, stages):
     """The whole story for one seed. Returns the seed's part of results.json.
 
-    stages: the seed's folder (utils.checkpoints.Run). Each stage has a random stream of its own.
-    `stages.load(...) or stages.save(...)` reads what a finished stage saved, where --resume goes on
-    with an interrupted run; otherwise the stage runs now and its result is saved.
+    stages: the seed's folder (utils.checkpoints.Run), which also gives each stage a random stream.
+    `stages.load(...) or stages.save(name, model, history)` returns the model either way: read, if
+    --resume goes on with a run that has finished the stage, or else trained now and saved.
     """
     device, tok = stages.device, world.tokenizer
     demos = [world.pair(x, y) for x, y in world.demos]
@@ -116,22 +116,21 @@ def run(s, world, stages):
         stages.begin(f"1 pi_0: pretraining on {plural(len(world.corpus), 'texts')}")
         torch.manual_seed(stages.rng("weights").getrandbits(62))
         new = GPT(GPTConfig(len(tok), world.max_prompt + world.max_response, s.n_embd, s.n_layer,
-                            max(4, s.n_embd // 64), suppress_tokens=tok.suppress,
+                            n_head=max(4, s.n_embd // 64), suppress_tokens=tok.suppress,
                             eos_token_id=tok.eos, pad_token_id=tok.pad)).to(device)
-        documents = tok.encode_documents(world.corpus, new.config.n_positions)
         init = stages.load("init", GPT) or stages.save("init", *train.fine_tune(
-            new, documents, [], config(PRETRAIN, epochs=4 if s.demos else 1),
-            stages.rng("pretrain"), "pretrain"))
+            new, tok.encode_documents(world.corpus, new.config.n_positions), [],
+            config(PRETRAIN, epochs=4 if s.demos else 1), stages.rng("pretrain"), "pretrain"))
     if world.gold_pairs:    # --gold pairs: a trained model in golden's place, on pairs of its own
         stages.begin(f"1 gold model: trained on {plural(len(world.gold_pairs), 'pairs')}")
-        rng = stages.rng("judge")
+        rng = stages.rng("gold model")
         items = [(world.pair(x, a), world.pair(x, b)) for x, a, b in world.gold_pairs]
         gold_model = stages.load("gold_model", RewardModel) or stages.save(
             "gold_model", *train.train_reward(RewardModel(init), *train.split(items, rng),
                                               bradley_terry_loss, config(REWARD), rng))
         world.golden, world.golden_note = golden_from_model(gold_model, world)
 
-    # 2  pi_SFT: maximum likelihood on the demonstrations, the least KL(demonstrator || pi)
+    # 2  pi_SFT: maximum likelihood on the demonstrations minimises KL(demonstrator || pi)
     stages.begin(f"2 pi_SFT: forward KL to {plural(len(demos), 'demonstrations')}")
     rng = stages.rng("sft")
     sft = stages.load("sft", GPT) or stages.save("sft", *train.fine_tune(
@@ -139,31 +138,31 @@ def run(s, world, stages):
 
     # 3  samples: two of each policy to each prompt. The learner can write by itself, because it
     #    knows the dynamics: plain fine-tuning leaves that unused.
-    rng, half = stages.rng("prompts"), math.ceil(s.n_samples / 2)
-    stages.begin(f"3 samples: {2 * half:,} each of pi_0 and pi_SFT")
+    rng, n_prompts = stages.rng("prompts"), math.ceil(s.n_samples / 2)
+    stages.begin(f"3 samples: {2 * n_prompts:,} each of pi_0 and pi_SFT")
     prompts = []
-    while len(prompts) < half:          # every prompt once before any comes again
+    while len(prompts) < n_prompts:     # every prompt once before any comes again
         prompts += rng.sample(world.train_prompts, len(world.train_prompts))
-    ids = [tok.encode(x) for x in prompts[:half]]
+    prompts = prompts[:n_prompts]
+    ids, writers = [tok.encode(x) for x in prompts], {"y ~ pi_0": init, "y ~ pi_SFT": sft}
 
     def write(name):
-        return generate({"y ~ pi_0": init, "y ~ pi_SFT": sft}[name], ids, 2, label=name,
-                        max_new_tokens=world.max_response, generator=stages.generator(name))
-    written = stages.load_json("samples") or stages.save_json(
-        "samples", in_threads(write, ["y ~ pi_0", "y ~ pi_SFT"], device))
-    y_init, y_sft = ([(x, y) for x, ys in zip(ids, part) for y in ys] for part in written)
+        ys = generate(writers[name], ids, 2, max_new_tokens=world.max_response, label=name,
+                      generator=stages.generator(name))
+        return [(x, y) for x, two in zip(ids, ys) for y in two]     # pairs (prompt, response)
+    from_init, from_sft = stages.load_json("samples") or stages.save_json(
+        "samples", in_threads(write, list(writers), device))
 
     # 4  rewards: a discriminator learns whatever its two sources differ in.
-    #
     #    THE METHOD is the first line of the table: positives y ~ pi_SFT, negatives y ~ pi_0. One
     #    model family wrote both, to the same prompts. What is left to tell them apart is what
     #    fine-tuning changed, and that direction is the reward. Where demonstrations are the
     #    positives, the discriminator may learn who wrote instead of how well.
     rng = stages.rng("rewards")
-    labelled = world.preference_pairs(prompts, y_sft, s.label_noise, stages.rng("labels"))
-    data = {"init-sft": train.split(list(zip(y_sft, y_init)), rng),
-            "init-demo": train.pair_up(demos, y_init, rng),
-            "sft-demo": train.pair_up(demos, y_sft, rng),
+    labelled = world.preference_pairs(prompts, from_sft, s.label_noise, stages.rng("labels"))
+    data = {"init-sft": train.split(list(zip(from_sft, from_init)), rng),
+            "init-demo": train.pair_up(demos, from_init, rng),
+            "sft-demo": train.pair_up(demos, from_sft, rng),
             "preference": train.split(labelled, rng)}
     stages.begin(f"4 rewards: discriminators on {plural(len(data['init-sft'][0]), 'pairs')}")
 
@@ -173,7 +172,7 @@ def run(s, world, stages):
             RewardModel(init, s.head), *data[name], loss, config(REWARD), stages.rng(name), name))
     names = [name for name, (items, _) in data.items() if items]        # labels may be missing
     rewards = dict(zip(names, in_threads(train_one, names, device)))
-    # The optimum of init-sft is known in closed form: nothing has to be trained for these two.
+    # The optimum of init-sft in closed form, plain and floored: nothing is trained for these two.
     for name, floor in FLOORS.items():
         rewards[name], data[name] = LogRatio(sft, init, floor), data["init-sft"]
 
@@ -181,23 +180,16 @@ def run(s, world, stages):
     P, N, n = len(world.test_prompts), s.n_candidates, min(16, s.n_candidates)
     stages.begin(f"5 best-of-N: {N} candidates to each of {plural(P, 'held-out prompts')}")
     candidates = sample_responses(world, sft, N, stages.generator("candidates samples"), "y ~ SFT")
+    # Win rates are counted against fresh samples, so that no candidate meets itself.
     comparison = sample_responses(world, sft, SAMPLES, stages.generator("rivals samples"))
     evaluator = Evaluator(world, sft, candidates, comparison, stages)
     evaluator.add_policy("init", init)
     evaluator.add_reference_rows()
-    scores = dict(zip(rewards, in_threads(lambda reward: score(reward, candidates.pairs),
-                                          list(rewards.values()), device)))
-    # Controls that train no reward: what pi_SFT itself finds likely, two selectors that know
-    # nothing, and one that knows the truth.
-    rng = stages.rng("random")
-    scores["likelihood"] = evaluator.sft_logp
-    scores["likelihood per token"] = evaluator.sft_logp / candidates.lengths
-    scores["length"] = candidates.lengths
-    scores["random"] = np.array([rng.random() for _ in candidates.pairs])
-    if candidates.golden is not None:
-        scores["golden"] = candidates.golden
+    scores = dict(zip(rewards, in_threads(lambda name: score(rewards[name], candidates.pairs)
+                                          .reshape(P, N), list(rewards), device)))
+    # Controls train no reward: pi_SFT's own likelihood, length, chance, and the golden reward.
+    scores.update(evaluator.controls(stages.rng("random")))
     for name in scores:
-        scores[name] = scores[name].reshape(P, N)
         # N candidates are N / n independent groups of n: the pick of each group is its argmax.
         picks = scores[name].reshape(P, N // n, n).argmax(-1) + n * np.arange(N // n)   # (P, N/n)
         evaluator.add_best_of_n(name, picks, scores[name], n)
@@ -235,32 +227,35 @@ def run(s, world, stages):
             evaluator.add_policy(method, TokenExtrapolation(sft, init, T / (1 - T), floor=1.0))
         elif kind == "adversarial":                 # the discriminator is trained along
             adversary = Adversary(RewardModel(init, s.head), demos, DIVERGENCES[words[0]],
-                                  stages.rng(f"judge {words[0]}"), config(REWARD).lr)
+                                  stages.rng(f"discriminator {words[0]}"), config(REWARD).lr)
             evaluator.add_policy(method, optimise(method, adversary, ADVERSARIAL))
         elif kind == "adversarial-exact" and world.demo_logp:       # a perfect discriminator
             adversary = ExactAdversary(world.demo_density, DIVERGENCES[words[0]], sft)
-            adversary.policy = policy = optimise(method, adversary, POLICY)
-            evaluator.add_policy(method, policy, adversary)
-        elif kind in ("spin", "irft"):              # demonstrations against the policy's samples
-            policy = sft
-            for i in range(1 if kind == "spin" else IRFT_ROUNDS):   # IRFT renews the opponent
-                own = generate(policy, [x for x, _ in demos], 1, max_new_tokens=world.max_response,
-                               generator=stages.generator(f"self-play {i}"), label=kind)
-                items = [((x, y), (x, ys[0])) for (x, y), ys in zip(demos, own)]
-                policy = stages.load(f"{kind} {i}", GPT) or stages.save(
-                    f"{kind} {i}", *train.fit_pairs(policy, items, DPO_BETA, config(PAIRS),
-                                                    stages.rng("pairs"), kind))
+            evaluator.add_policy(method, optimise(method, adversary, POLICY))
+        elif kind in ("spin", "irft"):              # demonstrations against the policy's samples:
+            policy = sft                            # SPIN is one round, IRFT renews its opponent
+            for i in range(1 if kind == "spin" else IRFT_ROUNDS):
+                opponent, name = policy, f"self-play {i}"       # both share their first round
+                policy = stages.load(name, GPT)
+                if policy is None:
+                    own = generate(opponent, [x for x, _ in demos], label=kind,
+                                   max_new_tokens=world.max_response,
+                                   generator=stages.generator(name))
+                    items = [((x, y), (x, ys[0])) for (x, y), ys in zip(demos, own)]
+                    policy = stages.save(name, *train.fit_pairs(
+                        opponent, items, DPO_BETA, config(PAIRS), stages.rng(name), kind))
             evaluator.add_policy(method, policy)
         elif kind == "dpo" and labelled:            # labels, as `preference` gets them
             policy = stages.load("dpo", GPT) or stages.save("dpo", *train.fit_pairs(
-                sft, labelled, DPO_BETA, config(PAIRS), stages.rng("pairs"), "dpo"))
+                sft, labelled, DPO_BETA, config(PAIRS), stages.rng("dpo"), "dpo"))
             evaluator.add_policy(method, policy)
+        else:
+            print(f"     left out: these data have no labels or no density, which {kind} needs")
 
-    return {"rows": evaluator.rows, "best_of_n": evaluator.curve,
+    return {"rows": evaluator.rows, "best_of_n": evaluator.curve, "golden": world.golden_note,
             "reward_models": inspect_rewards(world, stages.seed, rewards, data, scores, candidates),
             "curves": {m: stages.history(m) for m in s.methods if m.startswith(("po", "adv"))},
-            "samples": pick_samples(evaluator, scores, n), "seconds": stages.end(),
-            "golden": world.golden_note}
+            "samples": pick_samples(evaluator, scores, n), "seconds": stages.end()}
 
 
 # ---- main ---------------------------------------------------------------------------------------
@@ -270,10 +265,6 @@ def check(s):
     s.n_samples = s.n_samples or (1000 if s.demos else 9000)
     s.n_candidates = s.n_candidates or (16 if s.demos else 64)
     s.methods = parse_methods(s.methods)
-    require(s.n_candidates & (s.n_candidates - 1) == 0,
-            f"--n-candidates must be a power of two, not {s.n_candidates}")
-    require(s.n_embd % max(4, s.n_embd // 64) == 0,
-            f"--n-embd must be a multiple of 4, from 256 on of 64, not {s.n_embd}")
     require(s.demos or not (s.corpus or s.prompts or s.gold or s.dry_run),
             "--corpus, --prompts, --gold and --dry-run go with --demos")
 
@@ -288,17 +279,17 @@ def main(argv=None):
     device, make_world = choose_device(s.device), file_world if s.demos else text_world
     require(device.type == "cuda" or not s.fast, f"--fast needs CUDA; the device is {device}")
     world = make_world(s, s.seed)       # bad data is refused here, before a file is written
-    if s.init:
+    if s.init:                          # so is a checkpoint that does not fit
         load_init(s.init, world)
-    head = provenance("afd.py", argv, s, device, world)
-    out, parts = claim_folder(s.out, head, s.resume), {}
+    header = provenance("afd.py", argv, s, device, world)
+    out, parts = claim_folder(s.out, header, s.resume), {}
     for seed in range(s.seed, s.seed + s.seeds):
         world = world if seed == s.seed else make_world(s, seed)
         print("\n".join([f"seed {seed} on {device}", *world.notes]), flush=True)
         stages = Run(out, seed, device, world.tokenizer)
         parts[str(seed)] = stages.load_json("results") or stages.save_json(
             "results", run(s, world, stages))
-        results = collect(out, head, parts)         # written anew after each seed
+        results = collect(out, header, parts)         # written anew after each seed
     present(out, results, world)
     print(f"results {out / 'results.json'}\n{time.perf_counter() - start:.0f} seconds")
     return results

@@ -14,7 +14,7 @@ Two KLs, two behaviours (kl(log_p, log_q) is always KL(p || q); F.kl_div reverse
  1. Train D = sigmoid(h) to tell demonstrations (label 1) from the policy's samples (label 0).
  2. At one y the gain is  beta log D + pi log(1 - D);  its slope in h is  beta (1 - D) - pi D.
  3. It vanishes at  D* = beta / (beta + pi),  so  h* = log D* - log(1 - D*) = log beta - log pi.
-    (arXiv:2405.15624 prints reverse KL with the sign of this bracket flipped; this one is right.)
+    (arXiv:2405.15624 prints log pi - log beta in the reverse KL's reward; this sign is right.)
  4. Any f-divergence is  D_f(beta || pi) = sum_y pi f(u)  for a convex f with f(1) = 0.
  5. A little more pi at y changes it by  d/dpi [pi f(beta / pi)] = f(u) - u f'(u) = -r.
  6. So  r = u f'(u) - f(u) = f*(f'(u)),  with f* the convex conjugate and T* = f'(u).
@@ -30,7 +30,7 @@ maximises r log pi, so a missing detach adds E_pi[log pi grad r]: for reverse KL
 entropy, which moves the optimum from beta to beta^(1/2), normalised; for forward KL
 -E_beta[log pi grad log pi], which moves it to pi proportional to beta (1 - log pi).
 
-**Why r is not kept.** It is the slope at today's pi. Kept fixed for many steps, E_pi[r] is linear
+**Why r is not kept fixed.** It is the slope at today's pi. Kept for many steps, E_pi[r] is linear
 in pi and its maximum puts all mass on argmax r: one response, even where pi equalled beta an
 instant ago. So either refresh the discriminator as pi moves, or hold pi back with a KL term:
 max E_pi[r] - KL(pi || pi_0) with r = log beta - log pi_0 has its optimum at beta.
@@ -201,8 +201,8 @@ def f_divergence(divergence, log_beta, log_pi):
     """
     dual = DIVERGENCES[divergence.dual]
     foreign, missed = log_beta == -torch.inf, log_pi == -torch.inf
-    neither = foreign | missed
-    h = torch.where(neither, 0.0, log_beta) - torch.where(neither, 0.0, log_pi)
+    one_sided = foreign | missed
+    h = torch.where(one_sided, 0.0, log_beta) - torch.where(one_sided, 0.0, log_pi)
     pi, beta = log_pi.exp(), log_beta.exp()
     # where u > 1 write pi f(u) = beta f_dual(1/u): a pi that underflows then keeps its right price
     terms = torch.where(h <= 0, pi * divergence.f(h.clamp(max=0)), beta * dual.f(-h.clamp(min=0)))
@@ -228,7 +228,7 @@ def sft_loss(logp):
     """-mean_t log pi(y_t|s_t), nats per token: supervised fine-tuning, and pretraining.
 
     logp: (n,) log-probabilities of the demonstrations' response tokens. Summed over a response this
-    is -log pi(y|x), whose mean over demonstrations is KL(beta || pi) plus a constant. Returns ().
+    is -log pi(y|x), whose mean over demonstrations is KL(beta || pi) plus a constant. A scalar.
     """
     return -logp.mean()
 
@@ -247,8 +247,8 @@ def discriminator_loss(h_demo, h_policy, weights_demo=None, weights_policy=None)
 def bradley_terry_loss(reward_preferred, reward_other):
     """-E[log sigmoid(r+ - r-)], nats per pair: the preferred response shall earn more.
 
-    Both (N,), rewards of two responses to one prompt; log 2 is chance, and what is added to both
-    changes nothing. Source: Bradley and Terry 1952. Returns ().
+    Both (N,), rewards of two responses to one prompt; log 2 is chance, and a constant added to both
+    changes nothing. Source: Bradley and Terry 1952. Returns a scalar.
     """
     return F.softplus(reward_other - reward_preferred).mean()
 
@@ -264,11 +264,11 @@ def dpo_loss(log_ratio_preferred, log_ratio_other, dpo_beta):
 
 
 def policy_surrogate(divergence, h, logp_seq, weights=None, baseline=0.0):
-    """E_pi[(r(h) - baseline) log pi(y)] with r held constant: maximise; its gradient is -grad D_f.
+    """Maximise E_pi[(r(h) - baseline) log pi(y)], r held constant: its gradient is -grad D_f.
 
     h: (..., N) log-ratios, or a discriminator's logits, at y ~ pi; logp_seq: (..., N) log pi(y);
-    weights: (..., N) pi(y) of an enumeration. A baseline, which must not depend on y, takes
-    variance and leaves the mean. Returns (...).
+    weights: (..., N) pi(y) of an enumeration. A baseline, which must not depend on y,
+    reduces the variance and keeps the mean. Returns (...).
     """
     # r is detached: how it depends on pi is already counted in r = u f' - f (line 5 above). So are
     # the weights: the score function grad log pi accounts for the sampling distribution.
@@ -291,7 +291,7 @@ def policy_gradient_loss(logp, logp_ref, rewards, mask, kl_coef, k):
     logp, logp_ref: (B, T) nats per token of samples y ~ pi, zero outside the response; rewards:
     (B, T); mask: (B, T), true at response tokens. A prompt's k samples stand together. The return
     from t on is G_t = sum_{t'>=t} r_t' - kl_coef (log pi - log pi_ref)_t', and A_t is G_t less its
-    leave-one-out baseline. Returns (). Source: REINFORCE, Williams 1992.
+    leave-one-out baseline. Returns a scalar. Source: REINFORCE, Williams 1992.
     """
     # log pi within the return is part of the reward, which is held constant: hence the detach.
     per_token = rewards - kl_coef * (logp.detach() - logp_ref)

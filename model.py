@@ -1,9 +1,9 @@
 """GPT-2's transformer, its sampler and its log-probabilities.
 
 A policy is a language model: pi(a_t|s_t) = softmax(logits_t) with s_t = (prompt, response so far).
-At temperature 1 what is sampled is exactly what is differentiated: there is no top-k, and a token
-that the policy cannot write (`suppress_tokens`: padding, unknown words) has probability zero in
-both.
+At temperature 1 what is sampled is exactly what is differentiated (in float32): there is no top-k,
+and a token that the policy cannot write (`suppress_tokens`: padding, unknown words) has probability
+zero in both.
 
 A pair is (prompt ids, response ids), two lists of int; a finished response ends with EOS. A batch
 is padded on the right. Masks come from lengths, never from a token's id, so padding may be any id
@@ -34,7 +34,7 @@ class GPTConfig:                    # the names are those of GPT-2's config.json
     layer_norm_epsilon: float = 1e-5
     suppress_tokens: tuple = ()     # ids of probability zero: the policy never writes them
     eos_token_id: int | None = None     # the token that ends a response
-    pad_token_id: int | None = None     # only written down for other programs: see the docstring
+    pad_token_id: int | None = None     # for other programs: here masks come from lengths
 
 
 class Attention(nn.Module):
@@ -52,8 +52,8 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(qkv[1:])                # (B, H, T so far, D/H)
         if T == 1 and cache is not None:
-            # At a single query two plain products are faster than the fused attention.
-            y = (q * q.shape[3] ** -0.5 @ k.transpose(2, 3) + mask).softmax(-1) @ v
+            # For a single query two plain products are faster than the fused attention.
+            y = ((q * q.shape[3] ** -0.5) @ k.transpose(2, 3) + mask).softmax(-1) @ v
         else:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, D))      # heads side by side again
@@ -132,7 +132,7 @@ class GPT(nn.Module):
         return load_gpt(name, **options)
 
     def save_pretrained(self, folder):
-        """Write a folder that transformers opens with equal logits; the tokenizer saves itself."""
+        """Write a folder that transformers opens with equal logits, without the tokenizer."""
         from utils.checkpoints import save_gpt
         save_gpt(folder, self)
 
@@ -159,13 +159,13 @@ class KVCache:
         self.kv = self.kv[:, rows]
 
 
-ROWS, CACHE_NUMBERS = 1024, 2 ** 29     # samples side by side, numbers in their caches, at most
+ROWS, CACHE_FLOATS = 1024, 2 ** 29      # samples side by side, floats in their caches, at most
 
 
 @torch.inference_mode()
 def generate(policy, prompts, n=1, temperature=1.0, max_new_tokens=None, generator=None,
              label=None):
-    """n sampled responses to each prompt: y ~ pi(.|x), or pi^(1/temperature > 0), by token.
+    """n sampled responses to each prompt, each token from softmax(logits / temperature).
 
     prompts: lists of token ids. Returns [prompt][sample], lists of ids. A response ends with the
     policy's eos_token_id, which is part of it, or after max_new_tokens (None: as many as
@@ -179,8 +179,8 @@ def generate(policy, prompts, n=1, temperature=1.0, max_new_tokens=None, generat
         raise ValueError(f"prompts of {min(map(len, prompts), default=0)} to {longest} tokens and "
                          f"{max_new_tokens} new ones do not fit {config.n_positions} positions")
     # A long context makes a sample's caches large; then fewer are drawn side by side.
-    numbers = 2 * len(policy.h) * config.n_embd * (longest + max_new_tokens)
-    chunk = max(1, min(ROWS, CACHE_NUMBERS // numbers) // n)
+    floats = 2 * len(policy.h) * config.n_embd * (longest + max_new_tokens)
+    chunk = max(1, min(ROWS, CACHE_FLOATS // floats) // n)
     responses = []
     for start in tqdm(range(0, len(prompts), chunk), desc=label, disable=None, leave=False):
         batch = collate([(prompt, []) for prompt in prompts[start:start + chunk]], policy.device)
@@ -250,7 +250,7 @@ def sample_logits(logits, uniform):
     at uniform (B,) in [0, 1). A token of probability zero is never drawn."""
     cumulative = logits.softmax(-1).cumsum(-1)
     # u lies in (0, 1], since 0 would pick a first token of probability zero. The last sum is 1 up
-    # to rounding; scaled by it, u never points behind the last token.
+    # to rounding; scaled by it, u never points past the last token.
     u = 1 - uniform[:, None]
     return torch.searchsorted(cumulative, u * cumulative[:, -1:]).squeeze(1)
 
@@ -259,7 +259,7 @@ def sample_logits(logits, uniform):
 
 @dataclass
 class Batch:
-    """Token ids (B, T), padded on the right; prompt_lengths (B,) and lengths (B,) of both parts."""
+    """Token ids (B, T), padded on the right; lengths (B,) of the prompts, and of both parts."""
     tokens: torch.Tensor
     prompt_lengths: torch.Tensor
     lengths: torch.Tensor
@@ -283,7 +283,7 @@ def collate(pairs, device="cpu", pad=0):
 def logp_at(policy, batch, mask):
     """log pi(y_t | x, y_<t) of the tokens where mask, (B, T), is true: (n,) nats per token."""
     hidden = policy.hidden(batch.tokens)
-    # The state before token t is at t - 1. Logits are large, V / D states: no others are made.
+    # The state before token t is at t - 1. A row of logits is V / D times as large as a state.
     logp = policy.logits(hidden[:, :-1][mask[:, 1:]]).log_softmax(-1)
     return logp.gather(1, batch.tokens[mask][:, None]).squeeze(1)
 

@@ -1,7 +1,8 @@
 """Reward models: what a discriminator separates decides what it learns to reward.
 
 A discriminator D = sigmoid(h) is trained on positives (label 1) against negatives (label 0). At its
-optimum the logit is h* = log d_positives - log d_negatives, and the logit is the reward.
+optimum the logit is h* = log d_positives - log d_negatives, the log-ratio of the two sources'
+densities, and the logit is the reward.
 
                 positives        negatives
     init-sft    y ~ pi_SFT       y ~ pi_0     the method: h* = log pi_SFT - log pi_0
@@ -48,7 +49,7 @@ class RewardModel(nn.Module):
         self.trunk, self.head = copy.deepcopy(policy), head
         D = policy.config.n_embd
         self.score = nn.Linear(D, D if head == "sum" else 1, device=policy.device)
-        # At r = 0 the discriminator says 1/2: it starts without an opinion, on length for example.
+        # At r = 0 the discriminator says 1/2. It must not begin by liking long texts, for example.
         nn.init.zeros_(self.score.weight)
         nn.init.zeros_(self.score.bias)
 
@@ -69,7 +70,7 @@ class RewardModel(nn.Module):
         return F.pad(rewards, (1, 0)) * batch.response_mask()
 
     def forward(self, batch):
-        """r(x, y), (B,): the discriminator's logit, in nats per sequence."""
+        """r(x, y), (B,): the discriminator's logit; of `preference` a Bradley-Terry reward."""
         return self.token_rewards(batch).sum(1)
 
     def save_pretrained(self, folder):
@@ -96,8 +97,8 @@ class RewardModel(nn.Module):
 def at_the_end(rewards, batch):
     """(B, T): the rewards (B,) of whole responses, given in the last column.
 
-    That is the horizon, where all responses of the batch have ended. A response that ended earlier
-    waits there, so that its reward is compared with those of the prompt's other responses at every
+    That is the horizon, where all responses of the batch have ended. So the responses to a prompt
+    have their rewards in the same column, the leave-one-out baseline can compare them at every
     token, and a reward that is the same for all moves nothing.
     """
     return F.pad(rewards[:, None], (batch.tokens.shape[1] - 1, 0))
@@ -111,8 +112,9 @@ class LogRatio(nn.Module):
     floor = 0 is the ratio itself. Where both probabilities are tiny it is noise, and best-of-N
     picks just such words. With a floor of alpha > 0 the denominator is
     max(pi_0(a|s), alpha max_a' pi_0(a'|s)): a word that pi_0 finds implausible earns less. 0.1 is
-    the usual share of the plausibility constraint of contrastive decoding (arXiv:2210.15097),
-    which draws the line by the stronger model instead.
+    the usual share of the plausibility constraint of contrastive decoding (arXiv:2210.15097), where
+    the stronger model draws the line. At alpha = 1 the denominator is the same for all words, and
+    what is left is log pi_SFT up to a term of the state: the floor leads from ratio to likelihood.
     """
 
     def __init__(self, sft, init, floor=0.0):
@@ -123,7 +125,7 @@ class LogRatio(nn.Module):
     def device(self):
         return self.sft.device
 
-    def log_ratio(self, hidden_sft, hidden_init):
+    def logp_and_ratio(self, hidden_sft, hidden_init):
         """(log pi_SFT, log pi_SFT - log max(pi_0, floor)) of every next token, (..., V) each."""
         sft = self.sft.logits(hidden_sft).log_softmax(-1)
         init = self.init.logits(hidden_init).log_softmax(-1)
@@ -138,7 +140,7 @@ class LogRatio(nn.Module):
         # The vocabulary's logits are computed at response tokens only.
         hidden_sft, hidden_init = (policy.hidden(batch.tokens)[:, :-1][mask[:, 1:]]
                                    for policy in (self.sft, self.init))
-        ratio = self.log_ratio(hidden_sft, hidden_init)[1]
+        ratio = self.logp_and_ratio(hidden_sft, hidden_init)[1]
         ratio = ratio.gather(1, batch.tokens[mask][:, None]).squeeze(1)
         return ratio.new_zeros(mask.shape).masked_scatter(mask, ratio)
 
@@ -150,17 +152,17 @@ class LogRatio(nn.Module):
 class TokenExtrapolation(LogRatio):
     """A policy in closed form: pi(a|s) = pi_SFT(a|s) e^(h*(s,a)/beta) / Z(s), sampled as GPT is.
 
-    Without a floor it is pi_SFT^(1 + 1/beta) pi_0^(-1/beta), normalised at every token. That is not
-    the optimum over sequences, pi*(y|x) = pi_SFT(y|x) e^(h*(x,y)/beta) / Z(x), whose conditionals
-    look ahead: pi*(a|s) = pi_SFT(a|s) e^(h*(s,a)/beta) V(s,a)/V(s), with the soft value V(s) =
-    E_SFT[e^(h* still to come / beta) | s]. The two differ by log pi(y|x) = log pi*(y|x) + log Z(x)
-    - sum_t log Z(s_t): they agree where that sum is the same for all y, e.g. at the last step.
+    Without a floor it is pi_SFT^(1 + 1/beta) pi_0^(-1/beta), normalised at every token; with a
+    floor of 1 it is pi_SFT^(1 + 1/beta): a temperature below 1. Neither is the optimum over whole
+    sequences, pi*(y|x) = pi_SFT(y|x) e^(h*(x,y)/beta) / Z(x), which looks ahead at each token. The
+    two differ by log pi(y|x) = log pi*(y|x) + log Z(x) - sum_t log Z(s_t).
+    beta is kl_coef in the code. Of LogRatio it uses logp_and_ratio alone.
     """
 
     def __init__(self, sft, init, kl_coef, floor=0.0):
         super().__init__(sft, init, floor)
         self.kl_coef, self.config = kl_coef, sft.config
-        self.h = [*sft.h, *init.h]      # the sampler makes one cache a layer
+        self.h = [*sft.h, *init.h]      # both policies' layers: the sampler makes a cache for each
 
     def hidden(self, idx, positions=None, caches=None, mask=None):
         """Both policies' hidden states side by side, (B, T, 2D)."""
@@ -171,7 +173,7 @@ class TokenExtrapolation(LogRatio):
 
     def logits(self, hidden):
         """log pi_SFT + h* / beta, (..., V): the softmax of the policy divides by Z(s)."""
-        sft, ratio = self.log_ratio(*hidden.chunk(2, -1))
+        sft, ratio = self.logp_and_ratio(*hidden.chunk(2, -1))
         return sft + ratio / self.kl_coef
 
 
@@ -261,8 +263,9 @@ def score(reward, pairs, batch_size=64):
 def best_of_n_weights(scores, n):
     """(P, N): chance that each candidate is the best of n drawn without replacement from its N.
 
-    With r candidates scored below it, C(r, n-1) / C(N, n): the mean over all subsets of size n,
-    which is the unbiased estimate of best-of-n with the least variance. Ties go to the later one.
+    The chance is C(r, n-1) / C(N, n) with r candidates scored below it. That is a mean over all
+    subsets of size n: the unbiased estimate of best-of-n with the least variance. Of equal scores
+    the later candidate counts as the higher.
     """
     N = scores.shape[1]
     # Sorting twice gives each candidate's rank: the number of candidates scored below it.
@@ -271,8 +274,8 @@ def best_of_n_weights(scores, n):
 
 
 def best_of_n_kl(n):
-    """log n - (n - 1)/n nats: KL(best-of-n || pi_SFT) of scores with a density; else an upper
-    bound, close where no score has much probability.
+    """KL(best-of-n || pi_SFT) = log n - (n - 1)/n nats where scores have a density; otherwise an
+    upper bound, close where no score has much probability.
 
     The reward has to be a function of (x, y): a selector that tosses coins leaves pi_SFT as it is.
     """

@@ -23,7 +23,7 @@ from model import collate, logp_at, logp_token
 
 @dataclass
 class TrainConfig:
-    """How one model is trained. Weight decay is zero: no model here is trained for long."""
+    """How one model is trained. There is no weight decay: the held-out loss guards the weights."""
     lr: float = 1e-3                # peak learning rate
     epochs: float = 1.0             # passes over the data
     batch_size: int = 16            # items per step
@@ -80,7 +80,7 @@ def fit(model, items, loss_fn, config, rng, held_out=(), label="fit"):
                                      f"{norm}, at step {step}; a lower learning rate may help")
         if held_out and step in eval_steps:
             history[-1]["held_out"] = now = mean_loss(model, held_out, loss_fn, config)
-            if now < best:      # early stopping: no model is judged by its overfit
+            if now < best:      # the best weights are returned, not the last, overfitted ones
                 best, best_weights = now, copy.deepcopy(model.state_dict())
     if best_weights is not None:
         model.load_state_dict(best_weights)
@@ -97,7 +97,7 @@ def make_optimizer(model, config):
 def take_step(model, optimizer, config, step, steps):
     """Step number `step` of `steps` down the gradient, clipped. Returns its norm before clipping.
 
-    One odd batch would undo much of a run without the clip.
+    Without the clip one odd batch could undo much of a run.
     """
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(config, step, steps)
@@ -162,7 +162,8 @@ def micro_batches(batch, tokens):
     parts, longest = [[]], 0
     for item in batch:
         longest = max(longest, item_length(item))
-        if parts[-1] and (len(parts[-1]) + 1) * len(item) * longest > tokens:
+        rows = (len(parts[-1]) + 1) * len(item)         # an item is one pair or more
+        if parts[-1] and rows * longest > tokens:
             parts.append([])
             longest = item_length(item)
         parts[-1].append(item)
@@ -180,7 +181,7 @@ def pair_up(positives, negatives, rng):
     """(training, held-out) items (positive, negative) of two sources that share no prompts.
 
     A twentieth of each source is held out *first*, so that no held-out text was trained on. Then
-    the shorter source is gone through again and again.
+    the shorter source is repeated.
     """
     def cycle(a, b):
         n = max(len(a), len(b)) if a and b else 0

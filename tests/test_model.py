@@ -390,7 +390,7 @@ def test_sampling_stays_within_its_memory(monkeypatch):
     monkeypatch.setattr(m, "_prefill", record)
     per_row = 2 * model.config.n_layer * model.config.n_embd * (4 + 6)
     for room, expected in ((10 * per_row, [3, 3, 1]), (per_row, [1] * 7), (1000 * per_row, [7])):
-        monkeypatch.setattr(m, "CACHE_NUMBERS", room)
+        monkeypatch.setattr(m, "CACHE_FLOATS", room)
         rows.clear()
         got = generate(model, [[2, 3], [4, 5, 6, 6]] * 3 + [[2]], 3, max_new_tokens=6)
         assert rows == expected and [len(row) for row in got] == [3] * 7

@@ -224,6 +224,21 @@ class Evaluator:
         self._add_row(f"best of {n}, {name}", self.candidates, picks, self.sft_logp + kl, scores,
                       kl=kl)
 
+    def controls(self, rng):
+        """{name: scores (P, N)} of selectors that train no reward. Two follow what pi_SFT finds
+        likely: sharpening in a reward's place. Two ignore quality, one uses the golden reward.
+
+        rng: random.Random, for the selector that tosses coins.
+        """
+        coins = np.array([rng.random() for _ in self.candidates.pairs])
+        scores = {"likelihood": self.sft_logp,
+                  "likelihood per token": self.sft_logp / self.candidates.lengths,
+                  "length": self.candidates.lengths,
+                  "random": coins.reshape(self.sft_logp.shape)}
+        if self.candidates.golden is not None:
+            scores["golden"] = self.candidates.golden
+        return scores
+
     def add_curve(self, name, scores):
         """Points of `curve`: best-of-n by scores (P, N) for n = 1, 2, 4, ... N.
 

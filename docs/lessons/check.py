@@ -219,7 +219,7 @@ def check_log_ratio_reward(ask):
 
     def reward(ratio, mask=mask):
         return (ratio.gather(-1, tokens[..., None]).squeeze(-1) * mask).sum(1)
-    ratio, top = LogRatio(policy, policy, floor).log_ratio(sft, init)[1], init.amax(-1, True)
+    ratio, top = LogRatio(policy, policy, floor).logp_and_ratio(sft, init)[1], init.amax(-1, True)
     line, right = top + math.log(floor), reward(ratio)
     compare("The reward", got, right, (
         ("The sign is wrong: reward what pi_SFT writes more often than pi_0.", -right),
