@@ -12,8 +12,8 @@ densities, and the logit is the reward.
     log-ratio   -                -            the optimum of init-sft in closed form, no training
     floored     -                -            the same, with a floor under pi_0: see LogRatio
 
-Every reward is called with a batch and gives (B,), in nats per sequence for all but `preference`,
-whose unit is the log-odds of being preferred. `token_rewards` gives its terms, (B, T).
+Every reward is called with a batch and gives (B,), in nats per sequence for all of these but
+`preference`, whose unit is the log-odds of being preferred. `token_rewards` gives its terms, (B, T).
 Shapes: B batch, T time (tokens), D width, P prompts, N candidates of each.
 Source: arXiv:2405.15624, section 4.
 """
@@ -39,8 +39,8 @@ class RewardModel(nn.Module):
 
     head "sum":  r(x,y) = sum_t e(y_t) . (A h(s_t) + c), with h(s_t) the hidden state before y_t and
                  e(y_t) the token's embedding: a reward of state and action, read out as logits are.
-                 The optimum of Init-SFT, sum_t log pi_SFT(y_t|s_t) - log pi_0(y_t|s_t), is such a
-                 sum over tokens.
+                 The optimum of Init-SFT, sum_t log pi_SFT(y_t|s_t) - log pi_0(y_t|s_t), is a sum
+                 over tokens too, of two policies' states and their normalisers.
     head "last": r(x,y) = w . h + b after the last response token: the common reward head.
     """
 
@@ -186,9 +186,10 @@ class Adversary:
     """r(h) of a discriminator that is trained along with the policy: online adversarial imitation.
 
     D = sigmoid(h) tells demonstrations from the policy's samples; r(h) = f*(f'(e^h)) is the reward
-    whose policy gradient, h held constant, is that of -D_f(beta || pi): see divergences.py. Half of
-    the negatives are of all policies so far, so that the discriminator does not forget what was
-    already unlearned; h* is then against that mixture. Source: GAIL, arXiv:1606.03476.
+    whose policy gradient, h held constant, is that of -D_f(beta || pi), where |r| is not clipped:
+    see divergences.py. Half of the negatives are of all policies so far, so that the discriminator
+    does not forget what was already unlearned; h* is then against that mixture, and the policy
+    comes to rest at beta only as its old samples are left behind. Source: GAIL, arXiv:1606.03476.
     """
 
     def __init__(self, discriminator, demos, divergence, rng, lr=3e-3):
@@ -264,8 +265,8 @@ def best_of_n_weights(scores, n):
     """(P, N): chance that each candidate is the best of n drawn without replacement from its N.
 
     The chance is C(r, n-1) / C(N, n) with r candidates scored below it. That is a mean over all
-    subsets of size n: the unbiased estimate of best-of-n with the least variance. Of equal scores
-    the later candidate counts as the higher.
+    subsets of size n: an unbiased estimate of best-of-n, for scores without ties the one with the
+    least variance. Of equal scores the later candidate counts as the higher.
     """
     N = scores.shape[1]
     # Sorting twice gives each candidate's rank: the number of candidates scored below it.

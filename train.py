@@ -148,7 +148,8 @@ def random_batches(items, batch_size, rng):
     Batches of items of similar length would save padding and spoil the loss. It is a mean over the
     batch's own tokens: among short texts a token would weigh more than among long ones, each text
     about 1 / its length. The optimum would be demonstrator(y) / length(y), normalised, which writes
-    too short, and no longer the least forward KL.
+    too short, and no longer the least forward KL. At random a text's own length is one of
+    batch_size in that mean: what is left of the bias is of the order of 1 / batch_size.
     """
     items = rng.sample(items, len(items))
     return [items[i:i + batch_size] for i in range(0, len(items), batch_size)]
@@ -178,7 +179,7 @@ def split(items, rng, share=0.05):
 
 
 def pair_up(positives, negatives, rng):
-    """(training, held-out) items (positive, negative) of two sources that share no prompts.
+    """(training, held-out) items (positive, negative) of two sources, not matched by prompts.
 
     A twentieth of each source is held out *first*, so that no held-out text was trained on. Then
     the shorter source is repeated.
@@ -195,7 +196,9 @@ def pair_up(positives, negatives, rng):
 def fine_tune(policy, pairs, held_out, config, rng, label="sft"):
     """(a copy of the policy, fitted to pairs by maximum likelihood; its history).
 
-    On y ~ demonstrator this minimises the forward KL(demonstrator || pi).
+    On y ~ demonstrator this minimises the forward KL(demonstrator || pi), where pi can write all
+    that the demonstrator writes. Marks that it cannot write are states: there it is trained to go
+    on as the demonstrator did, in states that its own samples never reach.
     """
     policy = copy.deepcopy(policy)
 
@@ -275,8 +278,9 @@ def logp_writable(policy, batch):
 def fit_pairs(reference, items, dpo_beta, config, rng, label="pairs"):
     """(the policy of least dpo_loss on items (preferred pair, other pair), its history).
 
-    It starts at the reference. Labelled pairs make this DPO; a demonstration and the reference's
-    own sample make it SPIN.
+    It starts at the reference. Labelled pairs make this DPO. A demonstration and the reference's
+    own sample make it an iteration of SPIN, with the optimum pi_ref (demonstrator / pi_ref)^(1 /
+    dpo_beta): beyond the demonstrator, were it trained to its end.
     """
     policy = copy.deepcopy(reference)
 

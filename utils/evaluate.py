@@ -242,8 +242,8 @@ class Evaluator:
     def add_curve(self, name, scores):
         """Points of `curve`: best-of-n by scores (P, N) for n = 1, 2, 4, ... N.
 
-        Instead of one pick for each group, each is a mean over all subsets of n candidates: the
-        estimate with the least variance (see reward.best_of_n_weights).
+        Instead of one pick for each group, each is a mean over all subsets of n candidates (see
+        reward.best_of_n_weights).
         """
         for n in (2 ** k for k in range(scores.shape[1].bit_length())):
             weights = best_of_n_weights(scores, n)
