@@ -74,7 +74,8 @@ class Settings:
     n_demos: int = setting(4000, "demonstrations, at most", 1)
     n_samples: int = setting(0, "samples of each policy (0: 9000, with --demos 1000)", 0)
     n_prompts: int = setting(200, "held-out prompts for the evaluation, at most", 1)
-    n_candidates: int = setting(0, "largest N (0: 64 or 16)", choices=[0, 1, 2, 4, 8, 16, 32, 64, 128])
+    n_candidates: int = setting(0, "largest N of best-of-N (0: 64, with --demos 16)",
+                                choices=[0, 1, 2, 4, 8, 16, 32, 64, 128, 256])
     n_embd: int = setting(64, "the model's width", choices=[16, 32, 64, 128, 256, 512, 768, 1024])
     n_layer: int = setting(2, "its layers", 1)
     max_prompt: int = setting(192, "with --demos: tokens of a prompt, at most; its end is kept", 1)

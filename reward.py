@@ -13,7 +13,7 @@ densities, and the logit is the reward.
     floored     -                -            the same, with a floor under pi_0: see LogRatio
 
 Every reward is called with a batch and gives (B,), in nats per sequence for all of these but
-`preference`, whose unit is the log-odds of being preferred. `token_rewards` gives its terms, (B, T).
+`preference`, whose unit is the log-odds of being preferred; `token_rewards` gives the terms (B, T).
 Shapes: B batch, T time (tokens), D width, P prompts, N candidates of each.
 Source: arXiv:2405.15624, section 4.
 """

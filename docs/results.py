@@ -46,6 +46,8 @@ NOISE = ("0.1", "0.2", "0.4")                   # shares of labels swapped
 SELECT = "--methods none --n-candidates 16"     # best-of-N alone
 ONLINE = ("adversarial forward_kl, adversarial reverse_kl, adversarial-exact forward_kl, "
           "adversarial-exact reverse_kl")
+SHARPENED = ("temperature 0.3, temperature 0.5, temperature 0.7, closed-form log-ratio 0.3, "
+             "closed-form floored 0.3")
 BASIC = "po floored 0.3, po init-sft 0.3, closed-form log-ratio 0.3, closed-form floored 0.3"
 POLICIES = {        # groups in which policies are trained too; no other takes as long
     "helpful-h0": f"{BASIC}, po floored 0.1, po floored 1, po floored 3, po init-demo 0.3, "
@@ -71,6 +73,13 @@ def groups():
               "--methods 'po init-sft 0.3'" for n, epochs in FEW.items()}
     found |= {f"noise{share}": f"--label-noise {share} --n-candidates 16 "
               "--methods 'po preference 0.3, dpo'" for share in NOISE}
+    # The mended loss, its controls, and a base whose mode is not good: README's main table.
+    for base, task, h in (("good", "helpful", 0), ("good", "helpful", 1), ("good", "harmless", 0),
+                          ("good", "harmless", 1), ("idle", "helpful", 0), ("idle", "harmless", 0)):
+        optimised = "po init-sft 0.3, po floored 0.3, " if (base, h) == ("good", 0) else ""
+        found[f"{base}-{task}-h{h}"] = (
+            f"--task {task} --base {base} --heterogeneity {h} --n-candidates 32 "
+            f"--methods '{optimised}{SHARPENED}'")
     return found
 
 
