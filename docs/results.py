@@ -21,6 +21,7 @@ import shutil
 import subprocess
 import sys
 import time
+from itertools import product
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -74,8 +75,7 @@ def groups():
     found |= {f"noise{share}": f"--label-noise {share} --n-candidates 16 "
               "--methods 'po preference 0.3, dpo'" for share in NOISE}
     # The mended loss, its controls, and a base whose mode is not good: README's main table.
-    for base, task, h in (("good", "helpful", 0), ("good", "helpful", 1), ("good", "harmless", 0),
-                          ("good", "harmless", 1), ("idle", "helpful", 0), ("idle", "harmless", 0)):
+    for base, task, h in product(("good", "idle"), ("helpful", "harmless"), (0, 1)):
         optimised = "po init-sft 0.3, po floored 0.3, " if (base, h) == ("good", 0) else ""
         found[f"{base}-{task}-h{h}"] = (
             f"--task {task} --base {base} --heterogeneity {h} --n-candidates 32 "

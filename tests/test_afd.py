@@ -33,9 +33,10 @@ TRAINED = [*(f"po {model} 1" for model in REWARD_MODELS), "po init-sft 0.3",
            *(f"{family} {name}" for family in ("adversarial", "adversarial-exact")
              for name in ("reverse_kl", "forward_kl", "jensen_shannon"))]
 METHODS_RUN = [*TRAINED, *(f"closed-form {ratio} {beta}" for ratio in ("log-ratio", "floored")
-                           for beta in ("1", "0.3")), "spin", "irft", "dpo"]
+                           for beta in ("1", "0.3")), "temperature 0.25", "spin", "irft",
+               "dpo"]
 EVERYTHING = ["--heterogeneity", "0.5", "--methods", ",".join(METHODS_RUN), "--policy-steps", "2"]
-SELECTORS = [*REWARD_MODELS, "length", "random", "golden"]
+SELECTORS = [*REWARD_MODELS, "likelihood", "likelihood per token", "length", "random", "golden"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -84,7 +85,7 @@ def test_a_run_writes_what_it_promises(run):
 def test_every_stage_leaves_a_checkpoint_and_its_history(run):
     """A failure means that a stage cannot be resumed, or that nobody can see how it was trained."""
     folder = run[0] / "seed1"
-    policies = ["init", "sft", "spin-0", "irft-0", "irft-1", "irft-2", "dpo",
+    policies = ["init", "sft", "self-play-0", "self-play-1", "self-play-2", "dpo",
                 *(method.replace(" ", "-") for method in TRAINED)]
     rewards = ["init-sft", "init-demo", "sft-demo", "preference"]
     assert {path.name for path in folder.iterdir() if path.is_dir()} == {*policies, *rewards}
@@ -151,9 +152,13 @@ def test_every_method_is_measured(run):
             row, family = rows[row_name(method)], method.split()[0]
             known = {"golden", "golden_ci95", "kl", "reverse_kl", "forward_kl", "entropy",
                      "length", "distinct", "win_vs_sft", "win_vs_demo"}
-            known |= {"proxy"} if family in ("po", "closed-form", "adversarial-exact") else set()
             for column in known:
                 assert math.isfinite(row[column]), (method, column)
+            # An adversary's reward moves with the policy: rows would not be of one scale.
+            if family in ("po", "closed-form"):
+                assert math.isfinite(row["proxy"]), method
+            else:
+                assert row["proxy"] is None, method
             assert row["kl"] > -1 and 0 < row["distinct"] <= 1
     assert set(run[1]["curves"]["0"]) == {*TRAINED}
     for method in TRAINED:
@@ -184,14 +189,15 @@ def test_the_same_seed_gives_the_same_results(run, tmp_path):
 
 
 def test_a_stage_s_randomness_is_its_own(run, tmp_path):
-    """--init with the checkpoint that the run itself wrote, and but two methods: the rows they
-    share are the same. Else leaving a stage out would change all later ones, and no two runs
-    compare."""
+    """--init with the checkpoint that the run itself wrote, and but three methods: the rows they
+    share are the same, IRFT's with and without SPIN, whose round it goes on from. Else leaving a
+    stage out would change all later ones, and no two runs compare."""
     argv = [*SMALL, "--heterogeneity", "0.5", "--seed", "1", "--policy-steps", "2",
-            "--init", str(run[0] / "seed1" / "init"), "--methods", "dpo, po init-sft 0.3"]
+            "--init", str(run[0] / "seed1" / "init"), "--methods", "irft, dpo, po init-sft 0.3"]
     again = afd.main([*argv, "--out", str(tmp_path / "b")])
     assert "1 pi_0" not in again["seconds"]["1"]
-    left = [row_name(method) for method in METHODS_RUN if method not in ("dpo", "po init-sft 0.3")]
+    left = [row_name(method) for method in METHODS_RUN
+            if method not in ("irft", "dpo", "po init-sft 0.3")]
     rows = [row for name, row in rows_of(run[1], 1).items() if name not in left]
     assert sorted(again["rows"], key=json.dumps) == sorted(rows, key=json.dumps)
     for part in ("best_of_n", "reward_models"):
@@ -273,8 +279,9 @@ def story(monkeypatch, tmp_path_factory):
 
 
 def sources(given):
-    """The two sides of a reward model's items, trained on and held out, as sorted lists."""
-    return [sorted(side) for side in zip(*given.items, *given.held_out)]
+    """The two sides of a reward model's items, trained on and held out, as sorted lists of tuples:
+    samples come as lists, because they were written to a JSON file and read."""
+    return [sorted(map(tuple, side)) for side in zip(*given.items, *given.held_out)]
 
 
 def same_weights(a, b):
@@ -300,9 +307,9 @@ def test_sources_cannot_be_swapped(story):
         better, worse = sources(seen.given[name][0])
         assert {*map(str, better)} == {*map(str, seen.demos)}, name
         assert {*map(str, worse)} == {*map(str, negatives)}, name
-    preference, = seen.given["preference"]
+    (preference,), written = seen.given["preference"], {*map(str, y_sft)}
     for better, worse in preference.items + preference.held_out:
-        assert better[0] == worse[0] and better in y_sft and worse in y_sft
+        assert better[0] == worse[0] and {*map(str, map(tuple, (better, worse)))} <= written
         golden = [seen.world.golden(*map(seen.world.text, pair)) for pair in (better, worse)]
         assert golden[0] > golden[1]
 
@@ -322,12 +329,16 @@ def test_pretraining_and_sft_are_given_their_texts(story):
 
 def test_policies_are_given_their_rewards_and_references(story):
     """A failure means that a row of the table is of another method than its name says."""
-    seen = story("--methods", ",".join(METHODS))
+    seen = story("--methods", ",".join([*METHODS, "temperature 0.25"]))
     for name, floor in (("log-ratio", 0.0), ("floored", 0.1)):
         policy, reward = seen.measured[f"closed-form {name} 0.3"]
         for ratio in (policy, reward):
             assert (ratio.sft, ratio.init, ratio.floor) == (seen.sft, seen.init, floor)
         assert policy.kl_coef == 0.3
+    for T in (0.25, 0.5):       # 1/T = 1 + 1/beta, with no pi_0
+        policy, reward = seen.measured[f"temperature {T}"]
+        assert policy.sft is seen.sft and policy.floor == 1 and reward is None
+        assert 1 + 1 / policy.kl_coef == pytest.approx(1 / T)
     po, = seen.given["po init-sft 0.3"]
     assert po.sft is seen.sft and po.reward is seen.given["init-sft"][0].result
     assert po.kl_coef == 0.3 and po.config.steps == 100
@@ -341,7 +352,9 @@ def test_policies_are_given_their_rewards_and_references(story):
         assert learned.reward.demos == seen.demos
         assert same_weights(learned.reward.discriminator.trunk, seen.init)
         assert exact.reward.demo_density == seen.world.demo_density
-        assert exact.reward.policy is exact.result      # h is against the policy that it measures
+        for method, given in ((f"adversarial {divergence}", learned),
+                              (f"adversarial-exact {divergence}", exact)):
+            assert seen.measured[method] == (given.result, None)
     dpo, = seen.given["dpo"]
     assert dpo.reference is seen.sft and sorted(dpo.items) == sorted(
         seen.given["preference"][0].items + seen.given["preference"][0].held_out)
@@ -359,7 +372,20 @@ def test_self_play_is_against_the_last_round(method, rounds, story):
         assert [better for better, _ in one.items] == seen.demos
         assert [worse for _, worse in one.items] == own
         reference = one.result
-    assert seen.measured[method][0] is reference
+    assert seen.measured[method] == (reference, None)
+
+
+def test_spin_is_the_first_round_of_irft(story):
+    """Asked for both, IRFT goes on from SPIN's round instead of training it again. A failure means
+    that one of two equal stages has other samples or another order, or that time is lost."""
+    seen = story("--methods", "spin, irft")
+    assert (len(seen.given["spin"]), len(seen.given["irft"])) == (1, 2)
+    first, (second, third) = seen.given["spin"][0], seen.given["irft"]
+    assert same_weights(second.reference, first.result) and third.reference is second.result
+    assert seen.measured["spin"][0] is first.result
+    assert seen.measured["irft"][0] is third.result
+    writers = [writer for writer, _ in seen.writers["irft"]]
+    assert writers[0] is second.reference and writers[1] is third.reference
 
 
 @pytest.mark.parametrize("width, share", [(16, 1), (64, 1), (128, 1 / 2)])
@@ -368,7 +394,7 @@ def test_a_wider_policy_learns_at_a_lower_rate(width, share, story, tmp_path):
     pi_0 is one."""
     methods = ("--methods", "po floored 0.3, adversarial reverse_kl, adversarial-exact reverse_kl,"
                             "spin, dpo")
-    rates = {"sft": 1e-3, "init-sft": 3e-3, "preference": 3e-3, "po floored 0.3": 3e-3,
+    rates = {"sft": 3e-3, "init-sft": 3e-3, "preference": 3e-3, "po floored 0.3": 3e-3,
              "adversarial reverse_kl": 3e-4, "adversarial-exact reverse_kl": 3e-3, "spin": 3e-4,
              "dpo": 3e-4}
     seen = story(*methods, "--n-embd", str(width))
@@ -411,7 +437,7 @@ def test_self_play_on_marked_demonstrations_has_finite_losses(run, tmp_path):
     init = str(run[0] / "seed0" / "init")
     results = afd.main([*SMALL, "--heterogeneity", "1", "--init", init, "--methods", "spin,dpo",
                         "--out", str(tmp_path / "b")])
-    history = [json.loads(line) for line in (tmp_path / "b/seed0/spin-0/metrics.jsonl").open()]
+    history = [json.loads(line) for line in (tmp_path / "b/seed0/self-play-0/metrics.jsonl").open()]
     losses = [r[key] for r in history for key in ("loss", "held_out") if key in r]
     assert len(losses) > 4 and all(math.isfinite(loss) for loss in losses)
     assert losses[0] == pytest.approx(math.log(2), abs=1e-4)      # it starts at its reference
@@ -450,7 +476,9 @@ def test_one_s_own_data(tmp_path, capsys, monkeypatch):
     argv = [*SMALL, "--demos", str(tmp_path / "d.jsonl"), "--prompts", str(tmp_path / "p.txt"),
             "--max-prompt", "40", "--max-response", "8", "--policy-steps", "2", "--methods", "all"]
     results = afd.main([*argv, "--out", str(tmp_path / "o")])
-    assert "1 prompt longer than 40 tokens cut to the end" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "1 prompt longer than 40 tokens cut to the end" in shown
+    assert shown.count("left out: these data have no labels or no density") == 2
     names = [row["name"] for row in results["rows"]]
     # Nobody knows the demonstrator's density, so that there is no perfect discriminator.
     assert names[-len(METHODS) + 2:] == [row_name(m) for m in METHODS if "exact" not in m]
@@ -468,6 +496,7 @@ def test_one_s_own_data(tmp_path, capsys, monkeypatch):
 
 BAD = [["--heterogeneity", "1.5"], ["--heterogeneity", "nan"], ["--task", "useless"], ["--nope"],
        ["--seeds", "0"], ["--n-candidates", "3"], ["--n-embd", "18"], ["--n-embd", "322"],
+       ["--base", "busy"], ["--methods", "temperature 1"],
        ["--sft-epochs", "nan"], ["--device", "cpu:x"], ["--gold", "x.py:f"], ["--dry-run"],
        ["--demos", "gone.jsonl"], ["--device", "tpu"],
        ["--demos", "one.jsonl"], ["--demos", "long.jsonl", "--max-prompt", "1"],

@@ -112,7 +112,7 @@ def test_afd_runs_elsewhere(head, elsewhere, tmp_path):
     """All reward models and all methods; resumed, it reads back what it saved. A failure means a
     tensor that stayed behind on the CPU: the run would stop there on a GPU."""
     flags = ("--n-corpus 48 --n-demos 24 --n-samples 16 --n-prompts 2 --n-candidates 2 "
-             "--policy-steps 1 --n-embd 8 --n-layer 1 --methods").split()
+             "--policy-steps 1 --n-embd 16 --n-layer 1 --methods").split()
     flags += ["all" if head == "sum" else "po init-sft 0.3", "--head", head, "--out", str(tmp_path)]
     rows = afd.main(flags)["rows"]
     names = [row["name"] for row in rows]

@@ -209,6 +209,26 @@ def test_best_of_n_s_row_is_the_mean_of_its_picks(listed):
     assert row["win_vs_sft"] == pytest.approx(rate)
 
 
+def test_the_controls_are_exact(listed):
+    """Each selector's scores (P, N): log pi_SFT(y|x), this by token with EOS as one of them, the
+    number of tokens, a coin of its own for each candidate, and golden where it is known."""
+    scores = evaluator_of(world_of()).controls(random.Random(0))
+    texts = [text for text, k in SFT.items() for _ in range(k)]
+    logp = np.array([math.log(SFT[y] / 16) for y in texts])
+    length = np.array([len(encode(y)) for y in texts])
+    assert list(scores) == ["likelihood", "likelihood per token", "length", "random", "golden"]
+    for name, row in (("likelihood", logp), ("likelihood per token", logp / length),
+                      ("length", length)):
+        assert scores[name].shape == (3, 16) and set(length) == {1, 2}
+        assert np.abs(scores[name] - row).max() < 1e-6, name
+    rng = random.Random(0)
+    assert scores["random"].tolist() == [[rng.random() for _ in texts] for _ in range(3)]
+    assert scores["golden"].tolist() == [[golden(x, y) for y in texts]
+                                         for x in world_of().test_prompts]
+    unknown = evaluator_of(world_of(golden=None, demo_logp=None)).controls(random.Random(0))
+    assert list(unknown) == list(scores)[:-1]
+
+
 def test_a_random_selector_is_pi_sft(listed):
     """It does not look at (x, y): the formula's KL would be that of a selector by a reward."""
     evaluator = evaluator_of(world_of())

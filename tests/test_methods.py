@@ -215,6 +215,46 @@ def test_extrapolation_is_its_formula_at_every_token(floor):
     assert floored == 0 if floor == 0 else floored >= 3         # at 0.1 some, or nothing is tested
 
 
+def test_a_floor_leads_from_the_ratio_to_the_likelihood():
+    """Token by token: at a floor of 0 h is log pi_SFT - log pi_0, and at 1 it is log pi_SFT less a
+    term of the state alone, log max pi_0. Otherwise a run of floors compares other rewards than it
+    says."""
+    mask, sft, init = BATCH.response_mask(), state_logps(SFT), state_logps(INIT)
+    tokens = BATCH.tokens[..., None]
+    taken, ratio = (x.gather(2, tokens).squeeze(2) for x in (sft, sft - init))
+    with torch.no_grad():
+        plain, likely = (LogRatio(SFT, INIT, floor).token_rewards(BATCH) for floor in (0.0, 1.0))
+        h = LogRatio(SFT, INIT, 1.0).logp_and_ratio(*(
+            policy.hidden(BATCH.tokens)[:, :-1] for policy in (SFT, INIT)))[1]
+    torch.testing.assert_close(plain[mask], ratio[mask])
+    torch.testing.assert_close(likely[mask], (taken - init.amax(2))[mask])
+    term = (sft[:, 1:] - h)[..., 1:][mask[:, 1:]]       # without PAD, where it is inf - inf
+    torch.testing.assert_close(term, term[:, :1].expand_as(term))
+    assert (plain - likely)[mask].abs().max() > 1 and term.std() > 0.1
+
+
+@pytest.mark.parametrize("T", [0.25, 0.5, 0.8])
+def test_a_temperature_is_a_power_of_pi_sft(T):
+    """pi(a|s) = pi_SFT(a|s)^(1/T) / Z(s), of every next token and with no pi_0 in it, as afd.py
+    makes it: a floor of 1 and beta = T / (1 - T). It is what the sampler draws at this temperature.
+    With beta inverted it would be pi_SFT^(1/(1 - T)), the same at T = 1/2 alone."""
+    policies = [TokenExtrapolation(SFT, init, T / (1 - T), 1.0) for init in (INIT, tiny(5))]
+    mask = BATCH.response_mask()
+    power = state_logps(SFT).exp() ** (1 / T)
+    expected = (power / power.sum(-1, keepdim=True))[mask]
+    for policy in policies:
+        torch.testing.assert_close(state_logps(policy).exp()[mask], expected, rtol=1e-9, atol=1e-12)
+    taken = expected.gather(1, BATCH.tokens[mask][:, None]).squeeze(1).log()
+    logp = torch.zeros(mask.shape, dtype=torch.float64).masked_scatter(mask, taken).sum(1)
+    with torch.no_grad():
+        torch.testing.assert_close(listed(policies[0]), logp.view(SHAPE))
+        assert kl(listed(policies[0]), listed(SFT)).min() > 5e-3
+    cold, drawn = (generate(policy, PROMPTS, 200, temperature=temperature, max_new_tokens=LONGEST,
+                            generator=torch.Generator().manual_seed(0))
+                   for policy, temperature in ((policies[0], 1.0), (SFT, T)))
+    assert cold == drawn
+
+
 @pytest.mark.parametrize("floor", [0.0, 0.1])
 def test_extrapolation_and_the_sequence_optimum(floor):
     """log pi(y|x) = log pi*(y|x) + log Z(x) - sum_t log Z(s_t) on every response: the two are not

@@ -463,6 +463,16 @@ def test_marks_are_no_words_of_the_policy():
     assert world.text(world.pair(prompt, response)[1]) == world.unmark(response)
 
 
+def test_the_base_is_the_one_that_was_asked_for():
+    """Of the corpus and the demonstrations of an idle base, far more clauses are fillers. A failure
+    means that --base changes the name of a run and nothing else."""
+    filler = {*REMARKS["filler"]}
+    for part in (lambda world: world.corpus, lambda world: [y for _, y in world.demos]):
+        good, idle = (sum(text.count(remark) for text in part(make_world(base=base))
+                          for remark in filler) for base in ("good", "idle"))
+        assert idle > 1.5 * good > 0
+
+
 def test_a_seed_makes_one_world():
     """A failure means that a run cannot be made again, or that all seeds run on the same data. The
     global generator is left alone."""
