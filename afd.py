@@ -39,7 +39,7 @@ from utils.report import collect, present
 
 @dataclass
 class Settings:
-    """Align a language model from demonstrations alone; the golden reward beside every number.
+    """Align a language model from demonstrations alone; golden beside every number.
 
     python afd.py                             the helpful task, one seed
     python afd.py --task harmless --seeds 5   means, intervals over five seeds

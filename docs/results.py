@@ -21,8 +21,8 @@ import shutil
 import subprocess
 import sys
 import time
-from itertools import product
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -75,7 +75,8 @@ def groups():
     found |= {f"noise{share}": f"--label-noise {share} --n-candidates 16 "
               "--methods 'po preference 0.3, dpo'" for share in NOISE}
     # The mended loss, its controls, and a base whose mode is not good: README's main table.
-    for base, task, h in product(("good", "idle"), ("helpful", "harmless"), (0, 1)):
+    mended = [*product(["good"], ["helpful", "harmless"], (0, 1)), ("idle", "helpful", 0)]
+    for base, task, h in mended:
         optimised = "po init-sft 0.3, po floored 0.3, " if (base, h) == ("good", 0) else ""
         found[f"{base}-{task}-h{h}"] = (
             f"--task {task} --base {base} --heterogeneity {h} --n-candidates 32 "

@@ -377,24 +377,36 @@ def test_lesson_6_on_the_last_two():
 
 
 INIT_SFT, INIT_DEMO, SFT_DEMO = (f"best of 16, {x}" for x in ("init-sft", "init-demo", "sft-demo"))
+PER_TOKEN, RANDOM, GOOD = "best of 16, likelihood per token", "best of 16, random", "good-helpful-h0"
 SENTENCES = [    # (lesson, what it says, group, a, b): a is above b, the interval excludes zero
     (3, "adversarial imitation falls behind the trained discriminator", "helpful-h0", INIT_SFT,
      "adversarial, reverse_kl"),
-    (6, "Init-SFT gains at h = 0", "helpful-h0", INIT_SFT, "pi_SFT"),
-    (6, "Init-SFT gains at h = 1", "helpful-h1", INIT_SFT, "pi_SFT"),
-    (6, "and goes beyond the demonstrations", "helpful-h1", INIT_SFT, "demonstrations"),
-    (6, "with marks Init-Demo picks worse than chance", "helpful-h1", "best of 16, random",
-     INIT_DEMO),
-    (6, "SFT-Demo too", "helpful-h1", "best of 16, random", SFT_DEMO),
-    (6, "harmless, h = 0: Init-Demo wins", "harmless-h0", INIT_DEMO, INIT_SFT),
-    (6, "harmless, h = 0: SFT-Demo too is above Init-SFT", "harmless-h0", SFT_DEMO, INIT_SFT),
-    (6, "harmless, h = 1: Init-SFT above Init-Demo", "harmless-h1", INIT_SFT, INIT_DEMO),
-    (7, "the closed form of the plain log-ratio ends below pi_SFT", "helpful-h0", "pi_SFT",
-     "closed form, log-ratio 0.3"),
-    (7, "the floored closed form is above best of 64", "helpful-h0", "closed form, floored 0.3",
-     "best of 64, init-sft"),
     (2, "closer in reverse KL is not better written", "helpful-h0", "pi_SFT",
      "adversarial-exact, reverse_kl"),
+    *[(6, f"Init-SFT goes beyond the demonstrations, {g}", g, INIT_SFT, "demonstrations")
+      for g in ("good-helpful-h0", "good-helpful-h1", "good-harmless-h0", "good-harmless-h1",
+                "idle-helpful-h0")],
+    *[(6, f"with marks {x} picks worse than chance, {task}", f"good-{task}-h1", RANDOM, x)
+      for task in ("helpful", "harmless") for x in (INIT_DEMO, SFT_DEMO)],
+    *[(6, "the plain log-ratio is below the trained model", f"good-{task}-h{h}", INIT_SFT,
+       "best of 16, log-ratio") for task in ("helpful", "harmless") for h in "01"],
+    *[(7, "the closed form of the plain log-ratio ends below pi_0", g, "pi_0",
+       "closed form, log-ratio 0.3") for g in ("good-helpful-h0", "good-harmless-h0",
+                                               "idle-helpful-h0")],
+    (7, "on an idle base likelihood per token is worse than chance", "idle-helpful-h0", RANDOM,
+     PER_TOKEN),
+    (7, "and Init-SFT is not", "idle-helpful-h0", INIT_SFT, RANDOM),
+    (7, "nor is a temperature what Init-SFT is", "idle-helpful-h0", INIT_SFT, "temperature, 0.5"),
+    (7, "nor the floor", "idle-helpful-h0", "closed form, floored 0.3", "temperature, 0.3"),
+    (7, "likelihood prefers what is short", GOOD, PER_TOKEN, "best of 16, likelihood"),
+]
+LEVEL = [   # (lesson, sentence, group, a, b): a is not below b: the interval reaches zero or above
+    *[(6, "Init-Demo is level without marks", g, INIT_DEMO, INIT_SFT)
+      for g in ("good-helpful-h0", "good-harmless-h0", "idle-helpful-h0")],
+    *[(7, "likelihood per token picks as well on a good base", f"good-{task}-h{h}", PER_TOKEN,
+       INIT_SFT) for task in ("helpful", "harmless") for h in "01"],
+    *[(7, "optimising against Init-SFT ends where best of 16 is", f"good-{task}-h0",
+       "policy optimisation, init-sft 0.3", INIT_SFT) for task in ("helpful", "harmless")],
 ]
 
 
@@ -405,21 +417,17 @@ def test_what_lessons_say_is_what_came_out(number, sentence, group, a, b):
     assert mean - half > 0, f"lesson {number}: {sentence}"
 
 
-def test_what_lessons_say_is_level_or_turns():
-    mean, half = gain("helpful-h0", INIT_SFT, INIT_DEMO)
-    assert abs(mean) + half < gain("helpful-h0", INIT_SFT, "pi_SFT")[0] / 10, (
-        "lesson 6: nearly as good at h = 0 on the helpful task")
-    optimised = "policy optimisation, init-sft 0.3"
-    mean, half = gain("helpful-h0", optimised, INIT_SFT)
-    assert mean - half < 0 < mean + half, "lesson 7: optimising is no better than best of 16"
-    assert gain("helpful-h0", optimised, INIT_SFT, "kl")[0] > 0
-    mean, half = gain("harmless-h0", "closed form, floored 0.3", "best of 64, init-sft")
-    assert mean - half < 0 < mean + half, "lesson 7: level with it on the harmless task"
+@pytest.mark.parametrize("number, sentence, group, a, b", LEVEL)
+def test_what_lessons_say_is_level(number, sentence, group, a, b):
+    mean, half = gain(group, a, b)
+    assert mean + half >= 0, f"lesson {number}: {sentence}"
+
+
+def test_what_lessons_say_of_the_heads():
+    """Of the old groups, as lesson 6 says."""
     for h in "01":
         mine, last = (share(f"{group}-h{h}", "init-sft") for group in ("helpful", "last"))
         assert last[0] + last[1] < mine[0] - mine[1], "lesson 6: the last token's head gains less"
-    assert gain("helpful-h1", "best of 16, log-ratio", "best of 64, log-ratio")[0] > 0, (
-        "lesson 7: it turns down")
 
 
 def test_what_lessons_say_of_imitation():
