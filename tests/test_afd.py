@@ -25,7 +25,8 @@ from utils.cli import InputError
 from utils.evaluate import METHODS, row_name
 from utils.tokenizer import Tokenizer
 
-pytestmark = pytest.mark.filterwarnings("ignore:Mean of empty slice")
+pytestmark = [pytest.mark.filterwarnings("ignore:Mean of empty slice"),
+              pytest.mark.usefixtures("one_thread")]
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--n-corpus", "300", "--n-demos", "60", "--n-samples", "60", "--n-prompts", "6",
          "--n-candidates", "4", "--n-embd", "16", "--n-layer", "1", "--device", "cpu"]
@@ -37,15 +38,6 @@ METHODS_RUN = [*TRAINED, *(f"closed-form {ratio} {beta}" for ratio in ("log-rati
                "dpo"]
 EVERYTHING = ["--heterogeneity", "0.5", "--methods", ",".join(METHODS_RUN), "--policy-steps", "2"]
 SELECTORS = [*REWARD_MODELS, "likelihood", "likelihood per token", "length", "random", "golden"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tiny tensors are slow on several threads of a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

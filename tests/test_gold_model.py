@@ -30,15 +30,11 @@ NOTE = r"reward model trained on ([\d,]+) pairs that no learner sees \(agreement
 
 
 @pytest.fixture(autouse=True, scope="module")
-def small():
-    """Tiny tensors are slow on several threads of a busy machine, and a tiny model needs no more
-    than a small vocabulary."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def small(one_thread):
+    """A tiny model needs no more than a small vocabulary."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "VOCAB_SIZE", 300)
         yield
-    torch.set_num_threads(threads)
 
 
 def rows_of(n=260):

@@ -11,7 +11,6 @@ import tomllib
 from pathlib import Path
 
 import pytest
-import torch
 from packaging.requirements import Requirement
 
 import afd
@@ -31,15 +30,6 @@ DATA = json.loads(results.COLLECTED.read_text(encoding="utf-8"))
 def test_the_page_is_short():
     """Somebody who opens the project shall find the method, not everything about it."""
     assert README.count("\n") < 300
-
-
-@pytest.fixture
-def one_thread():
-    """A model so small is slower on many cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def test_the_library_program_runs(tmp_path, monkeypatch, capsys, one_thread):

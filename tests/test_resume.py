@@ -21,21 +21,13 @@ from utils.checkpoints import Run, claim_folder, provenance
 from utils.cli import InputError, run_script, write_json
 from utils.tokenizer import word_tokenizer
 
-pytestmark = pytest.mark.filterwarnings("ignore:Mean of empty slice")
+pytestmark = [pytest.mark.filterwarnings("ignore:Mean of empty slice"),
+              pytest.mark.usefixtures("one_thread")]
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--n-corpus", "40", "--n-demos", "20", "--n-samples", "8", "--n-prompts", "2",
         "--n-candidates", "2", "--policy-steps", "1", "--n-embd", "16", "--n-layer", "1",
         "--device", "cpu", "--methods", "po init-sft 0.3,adversarial reverse_kl,irft,dpo"]
 WORDS = word_tokenizer(["the", "cat", "sat", "."])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Here and in child processes: a sum's order, and so its rounding, depends on their number."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -256,7 +256,7 @@ class Run:
     """
 
     def __init__(self, out, seed, device, tokenizer):
-        self.out, self.folder = Path(out), Path(out) / f"seed{seed}"
+        self.folder = Path(out) / f"seed{seed}"
         self.seed, self.device, self.tokenizer = seed, device, tokenizer
         self.starts = {}                    # {stage: the clock at its beginning}
 

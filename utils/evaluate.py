@@ -93,20 +93,18 @@ def parse_methods(text):
         family, *words = part.split()
         require(family in FORMS, f"--methods: unknown {family!r}; known: {', '.join(FORMS)}")
         form = FORMS[family]
-        require(len(words) == len(form),
-                f"--methods: {part.strip()!r} must have the form: {' '.join([family, *form])}")
-        for i, (kind, word) in enumerate(zip(form, words)):
-            if kind not in BOUNDS:
-                require(word in kind.split("|"), f"--methods: {part.strip()!r} must have the form: "
-                        + " ".join([family, *form]))
-                continue
+        fits = len(words) == len(form) and all(
+            kind in BOUNDS or word in kind.split("|") for kind, word in zip(form, words))
+        require(fits, f"--methods: {part.strip()!r} must have the form: "
+                + " ".join([family, *form]))
+        if form and form[-1] in BOUNDS:     # a number comes last
             try:
-                value = float(word)
+                value = float(words[-1])
             except ValueError:
                 value = math.nan
-            require(0 < value < BOUNDS[kind], f"--methods: {kind} must be a number above 0 and "
-                    f"below {BOUNDS[kind]:g}, not {word}")
-            words[i] = f"{value:g}"
+            require(0 < value < BOUNDS[form[-1]], f"--methods: {form[-1]} must be a number above 0 "
+                    f"and below {BOUNDS[form[-1]]:g}, not {words[-1]}")
+            words[-1] = f"{value:g}"
         methods.append(" ".join([family, *words]))
     return list(dict.fromkeys(methods))     # each once
 
@@ -219,8 +217,7 @@ class Evaluator:
         at most best_of_n_kl(n). Hence its reverse KL, an upper bound, and its entropy, a lower one.
         Its forward KL would need its density at the demonstrations.
         """
-        # A selector that ignores (x, y) leaves pi_SFT as it is, whatever n may be.
-        kl = 0.0 if name == "random" else best_of_n_kl(n)
+        kl = selector_kl(name, n)
         self._add_row(f"best of {n}, {name}", self.candidates, picks, self.sft_logp + kl, scores,
                       kl=kl)
 
@@ -252,7 +249,7 @@ class Evaluator:
                 "seed": self.run.seed, "reward_model": name, "n": n,
                 "golden": None if golden is None else float((weights * golden).sum(1).mean()),
                 "proxy": float((weights * scores).sum(1).mean()),
-                "kl": 0.0 if name == "random" else best_of_n_kl(n)})
+                "kl": selector_kl(name, n)})
 
     def measure(self, pairs):
         """Mean golden reward, where it is known, and mean length of samples to training prompts:
@@ -262,6 +259,12 @@ class Evaluator:
             values = [self.world.golden(self.world.text(x), self.world.text(y)) for x, y in pairs]
             record["golden"] = float(np.mean(values))
         return {**record, "length": float(np.mean([len(y) for _, y in pairs]))}
+
+
+def selector_kl(name, n):
+    """KL(best-of-n || pi_SFT) of a selector, nats, at most."""
+    # A selector that tosses coins leaves pi_SFT as it is, whatever n may be.
+    return 0.0 if name == "random" else best_of_n_kl(n)
 
 
 def distinct(texts):

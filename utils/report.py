@@ -247,7 +247,8 @@ def page_table(caption, corner, groups, columns):
     body = ""
     for name, *cells in zip(groups, *shown.values()):
         # "best of 16, init-sft" and "policy optimisation, init-sft 0.3" have init-sft's colour.
-        color = COLORS.get(name.split(", ")[-1].split(" ")[0])
+        subject = name.split(", ")[-1]
+        color = COLORS.get(subject, COLORS.get(subject.split(" ")[0]))
         swatch = f'<i class="swatch" style="background:{color}"></i>' if color else ""
         body += (f'<tr><th scope="row">{swatch}{escape(name)}</th>'
                  + "".join(f"<td>{escape(text)}</td>" for text in cells) + "</tr>\n")
