@@ -477,7 +477,8 @@ def test_one_s_own_data(tmp_path, capsys, monkeypatch):
     assert all(r["golden"] is r["reverse_kl"] is r["forward_kl"] is None for r in results["rows"])
     assert "best of 4, golden" not in names and results["summary"]["methods"] == {}
     for record in results["reward_models"]:
-        assert 0 <= record["human_agreement"] <= 1 and record["human_pairs"] == 12
+        low, share, high = (record[f"human_{key}"] for key in ("low", "agreement", "high"))
+        assert 0 <= low <= share <= high <= 1 and low < high and record["human_pairs"] == 12
     json.loads((tmp_path / "o" / "results.json").read_text(), parse_constant=pytest.fail)
     (tmp_path / "g.py").write_text("def g(x, y):\n    return len(y)\n")
     results = afd.main([*argv, "--gold", f"{tmp_path}/g.py:g", "--out", str(tmp_path / "o2")])

@@ -23,7 +23,7 @@ from utils.cli import InputError
 from utils.evaluate import (SAMPLES, Evaluator, calibration, distinct, grouped,
                             human_agreement, inspect_rewards, mean_ci, over_seeds, parse_methods,
                             pick_samples, rank_correlation, ranks, read_responses, row_name,
-                            sample_responses, student_t, summarise, win_rate)
+                            sample_responses, student_t, summarise, wilson_interval, win_rate)
 
 # ---- a world that can be listed -----------------------------------------------------------------
 
@@ -432,14 +432,36 @@ def test_what_marks_are_worth_to_a_log_ratio_is_not_asked():
 # ---- people's preferences -----------------------------------------------------------------------
 
 def test_agreement_with_people_and_its_interval():
-    """Two of 5 pairs as people have them and a tie: 2.5 / 5. Agresti and Coull add two successes
-    and two failures, so that the interval of 5 of 5 is not empty."""
+    """Two of 5 pairs as people have them and a tie: 2.5 / 5, with Wilson's interval; that of 5 of 5
+    ends at 1 and is not empty. A failure means an opinion of chance that is taken for people's."""
     pairs = [("a", "aa", "b"), ("a", "a", ""), ("a", "b", ""), ("a", "", "a"), ("a", "b", "a")]
     reward = reward_of(lambda x, y: y.count("a"))
-    share, half = human_agreement(reward, world_of(human_pairs=pairs))
-    assert share == 0.5 and half == pytest.approx(1.96 * math.sqrt(0.5 * 0.5 / 9))
-    share, half = human_agreement(reward, world_of(human_pairs=pairs[:1] * 5))
-    assert share == 1 and half == pytest.approx(1.96 * math.sqrt(7 / 9 * 2 / 9 / 9))
+    share, low, high = human_agreement(reward, world_of(human_pairs=pairs))
+    half = 1.96 / 2 / math.sqrt(5 + 1.96 ** 2)      # Wilson's half-width at a share of a half
+    assert (share, low, high) == (0.5, pytest.approx(0.5 - half), pytest.approx(0.5 + half))
+    share, low, high = human_agreement(reward, world_of(human_pairs=pairs[:1] * 5))
+    assert (share, low, high) == (1, pytest.approx(5 / (5 + 1.96 ** 2)), pytest.approx(1))
+
+
+@pytest.mark.parametrize("n", [1, 2, 14, 60, 460])
+def test_wilson_s_interval_solves_its_equation(n):
+    """Its ends are the p whose own standard error puts the share 1.96 away. It never leaves [0, 1],
+    holds the share, and is another one's mirror image. A failure means that 14 of 14 pairs are
+    reported with an interval that no share can be in."""
+    for wins in (0, 0.5, 1, n / 2, n - 0.5, n):
+        share = wins / n
+        low, high = wilson_interval(share, n)
+        assert 0 <= low <= share + 1e-12 and share - 1e-12 <= high <= 1 and low < high
+        for p in (low, high):
+            assert (share - p) ** 2 == pytest.approx(1.96 ** 2 * p * (1 - p) / n, abs=1e-12)
+        assert wilson_interval(1 - share, n) == pytest.approx((1 - high, 1 - low))
+
+
+def test_wilson_s_interval_by_hand():
+    """10 of 14, whose interval's middle is 0.668 and not 0.714; and 14 of 14. A failure means an
+    interval around the raw share, which ended above 1 where all agree."""
+    assert wilson_interval(10 / 14, 14) == pytest.approx((0.454, 0.883), abs=1e-3)
+    assert wilson_interval(1.0, 14) == pytest.approx((14 / (14 + 1.96 ** 2), 1))
 
 
 # ---- over seeds ---------------------------------------------------------------------------------
@@ -467,10 +489,26 @@ def test_the_summary_is_over_seeds():
 
 def test_one_seed_has_its_own_interval_and_several_have_student_s():
     rows = rows_of_seeds({"spin": (1.0, 3.0)})
-    assert over_seeds(rows, "golden") == (2.0, pytest.approx(12.7062))
-    assert over_seeds(rows[:1], "golden") == (1.0, 0.5)
-    assert over_seeds([{"golden": None}], "golden") == (None, None)
+    assert over_seeds(rows, "golden") == (
+        2.0, pytest.approx(2 - 12.7062), pytest.approx(2 + 12.7062))
+    assert over_seeds(rows[:1], "golden") == (1.0, 0.5, 1.5)
+    assert over_seeds([{"golden": None}], "golden") == (None, None, None)
+    mean, *ends = over_seeds([{"golden": 1.0, "golden_ci95": None}], "golden")
+    assert mean == 1 and all(map(math.isnan, ends))     # one prompt has no interval
     assert {name: len(mine) for name, mine in grouped(rows, "name").items()} == {"spin": 2}
+
+
+def test_agreement_over_seeds_stays_a_share():
+    """One seed has Wilson's interval, which is not around the mean; several have Student's t, cut
+    where a share ends. A failure means that more than all pairs are agreed on."""
+    records = [{"human_agreement": share, "human_low": 0.45, "human_high": 0.88}
+               for share in (0.7, 0.9)]
+    assert over_seeds(records[:1], "human_agreement") == (0.7, 0.45, 0.88)
+    assert over_seeds(records, "human_agreement") == (pytest.approx(0.8), 0.0, 1.0)
+    close = [{"human_agreement": share} for share in (0.5, 0.51, 0.52)]
+    half = 4.3027 * 0.01 / math.sqrt(3)
+    assert over_seeds(close, "human_agreement") == (
+        pytest.approx(0.51), pytest.approx(0.51 - half), pytest.approx(0.51 + half))
 
 
 def test_samples_side_by_side_are_those_of_each_writer(listed, monkeypatch):

@@ -18,7 +18,7 @@ from train import TrainConfig, train_reward
 from utils import data
 from utils.cli import InputError
 from utils.data import file_world
-from utils.evaluate import golden_from_model
+from utils.evaluate import golden_from_model, wilson_interval
 from utils.report import golden_note, write_report
 from utils.tokenizer import Tokenizer
 
@@ -26,7 +26,7 @@ TINY = ["--gold", "pairs", "--max-prompt", "24", "--max-response", "12", "--n-sa
         "--n-prompts", "5", "--n-candidates", "4", "--n-embd", "16", "--n-layer", "1",
         "--device", "cpu", "--methods", "po preference 0.3", "--policy-steps", "2"]
 NOTE = r"reward model trained on ([\d,]+) pairs that no learner sees \(agreement with people on " \
-       r"([\d,]+) held-out pairs: ([01]\.\d{3}) \+- (\d\.\d{3})\)"
+       r"([\d,]+) held-out pairs: ([01]\.\d{3}), 95% interval ([01]\.\d{3}) to ([01]\.\d{3})\)"
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -69,11 +69,10 @@ def test_it_learns_an_obvious_preference_and_says_how_well(tmp_path):
     golden, note = golden_from_model(gold_model, world)
     assert all(golden(x, a) > golden(x, b) for x, a, b in world.gold_pairs)
     right = [golden(x, a) > golden(x, b) for x, a, b in flipped]
-    n, n_held_out, agreement, half = re.fullmatch(NOTE, note).groups()
+    n, n_held_out, agreement, *ends = re.fullmatch(NOTE, note).groups()
     assert int(n) == len(world.gold_pairs) == 120 and int(n_held_out) == len(flipped) == 60
     assert float(agreement) == pytest.approx(sum(right) / len(right)) == 0.8
-    share = (48 + 2) / (60 + 4)     # two successes, two failures more
-    assert float(half) == pytest.approx(1.96 * (share * (1 - share) / 64) ** 0.5, abs=1e-3)
+    assert [float(end) for end in ends] == pytest.approx(wilson_interval(0.8, 60), abs=1e-3)
 
 
 # ---- a run with it ------------------------------------------------------------------------------

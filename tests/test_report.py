@@ -77,7 +77,7 @@ def record_of(name, **more):
     """What results.json holds of a reward model."""
     return {"seed": 0, "reward_model": name, "accuracy": 0.75, "calibration_error": 0.05,
             "corr_golden": None, "corr_length": 0.1, "marks_worth": None, "human_agreement": None,
-            "human_ci95": None, "human_pairs": 0, **more}
+            "human_low": None, "human_high": None, "human_pairs": 0, **more}
 
 
 def content(prompts, world, texts, demos=None, n=8):
@@ -167,15 +167,17 @@ def test_tables_say_what_the_rows_hold(tmp_path):
 
 def run_of(golden=None, agreement=None, marks=None):
     """results of a made-up run of one seed; golden: {row: points}, agreement: {reward model: share
-    of people's pairs}, with an interval of 0.1."""
+    of people's pairs}, with an interval from 0.15 below to 0.05 above it."""
     names = ["pi_SFT", "demonstrations",
              *(f"best of 16, {name}" for name in ("init-sft", "floored", "golden"))]
     rows = [row_of(name, golden and golden[name]) for name in names]
     curve = [{"seed": 0, "reward_model": name, "n": n, "proxy": float(n), "kl": 0.0,
               "golden": golden and golden[f"best of 16, {name}"]}
              for name in ("init-sft", "floored", "golden") for n in (1, 16)]
-    records = [record_of(name, corr_golden=golden and 0.5, marks_worth=marks, human_ci95=0.1,
+    records = [record_of(name, corr_golden=golden and 0.5, marks_worth=marks,
                          human_pairs=40 if agreement else 0,
+                         human_low=agreement and agreement[name] - 0.15,
+                         human_high=agreement and agreement[name] + 0.05,
                          human_agreement=agreement and agreement[name])
                for name in ("init-sft", "floored")]
     return {"rows": rows, "best_of_n": curve, "reward_models": records, "golden": "",
@@ -190,10 +192,10 @@ GOLDEN = {"pi_SFT": 1.0, "demonstrations": 2.0, "best of 16, init-sft": 1.5,
     (run_of(GOLDEN), "Of 2 reward models floored picks best: its best of 16 earns 2.60 ± 0.25 "
                      "points, 80% of what a selector that knows golden gains over pi_SFT. pi_SFT: "
                      "1.00, demonstrations: 2.00, that selector: 3.00."),
-    (run_of(agreement={"init-sft": 0.65, "floored": 0.4}),
+    (run_of(agreement={"init-sft": 0.66, "floored": 0.4}),
      "Nobody knows the golden reward of these data. Of 2 reward models init-sft agrees most with "
-     "people, on 0.650 ± 0.100 of 40 held-out pairs, above chance."),
-    (run_of(agreement={"init-sft": 0.3, "floored": 0.55}), "which chance may explain."),
+     "people, on 0.660 of 40 held-out pairs (95% interval 0.510 to 0.710), above chance."),
+    (run_of(agreement={"init-sft": 0.3, "floored": 0.64}), "which chance may explain."),
     (run_of(), "no held-out pairs say what people prefer: read the samples."),
     ({**run_of(GOLDEN), "golden": "a model"}, "2.60 ± 0.25 log-odds by the trained model, 80%"),
     ({**run_of(), "reward_models": []}, "No reward model was asked for.")])
@@ -242,7 +244,7 @@ def test_the_printed_reward_models_show_agreement_where_people_were_asked(capsys
     results = run_of(GOLDEN, {"init-sft": 0.65, "floored": 0.4}, marks=2.0)
     print_reward_models(results["reward_models"])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-2].split() == "init-sft 0.75 0.05 0.50 0.10 2.00 0.650 +- 0.100".split()
+    assert lines[-2].split() == "init-sft 0.75 0.05 0.50 0.10 2.00 0.650 [0.500, 0.700]".split()
     print_reward_models(run_of()["reward_models"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1].split() == "floored 0.75 0.05 - 0.10 -".split()
@@ -322,12 +324,13 @@ def test_notes_and_people_s_agreement_are_shown(tmp_path):
     world = world_of()
     world.notes = ["3 records left out: <b>"]
     results, samples = content(TAME, world, TAME, "mine.jsonl")
-    results["reward_models"][0] |= {"human_agreement": 0.625, "human_ci95": 0.125,
-                                    "human_pairs": 60}
+    results["reward_models"][0] |= {"human_agreement": 0.625, "human_low": 0.5,
+                                    "human_high": 0.6875, "human_pairs": 60}
     page = written(tmp_path, results, samples, world)
     assert "<p>3 records left out: &lt;b&gt;</p>" in page
-    assert Reader(page).tables["learned-title"][1][-1] == "0.625 ± 0.125"
-    assert "on 0.625 ± 0.125 of 60 held-out pairs" in Reader(page).texts["verdict"]
+    assert Reader(page).tables["learned-title"][1][-1] == "0.625 [0.500, 0.688]"
+    assert "on 0.625 of 60 held-out pairs (95% interval 0.500 to 0.688), which chance" in (
+        Reader(page).texts["verdict"])
 
 
 @pytest.mark.parametrize("name", ["helpful", "harmless"])

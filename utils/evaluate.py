@@ -281,7 +281,7 @@ def golden_from_model(gold_model, world):
     golden(prompt, response) is in log-odds of being preferred, up to a constant of each prompt. The
     note says how often the model agrees with people on held-out pairs: golden is no truth here.
     """
-    agreement, half = human_agreement(gold_model, world)
+    agreement, low, high = human_agreement(gold_model, world)
 
     def golden(prompt, response):
         # A response is scored alone: in a batch, others would change the last digits of its score.
@@ -289,19 +289,16 @@ def golden_from_model(gold_model, world):
     return golden, (
         f"reward model trained on {plural(len(world.gold_pairs), 'pairs')} that no learner sees "
         f"(agreement with people on {plural(len(world.human_pairs), 'held-out pairs')}: "
-        f"{agreement:.3f} +- {half:.3f})")
+        f"{agreement:.3f}, 95% interval {low:.3f} to {high:.3f})")
 
 
 def human_agreement(reward, world):
-    """(share of the held-out pairs of which the reward prefers the chosen answer, ties half; its
-    95% half-width by Agresti and Coull: with two successes and two failures added, so that 14 of 14
-    is no certainty). Source: The American Statistician 52, 1998."""
+    """(share of the held-out pairs of which the reward prefers the chosen answer, ties half; low
+    and high, the ends of its 95% interval). The interval takes pairs as independent."""
     chosen = score(reward, [world.pair(x, better) for x, better, _ in world.human_pairs])
     rejected = score(reward, [world.pair(x, worse) for x, _, worse in world.human_pairs])
-    agreed = (chosen > rejected) + (chosen == rejected) / 2
-    n = len(agreed) + 4
-    share = (agreed.sum() + 2) / n
-    return float(agreed.mean()), 1.96 * math.sqrt(share * (1 - share) / n)
+    share = float(((chosen > rejected) + (chosen == rejected) / 2).mean())
+    return share, *wilson_interval(share, len(chosen))
 
 
 # ---- what the reward models learned -------------------------------------------------------------
@@ -322,8 +319,8 @@ def inspect_rewards(world, seed, rewards, data, scores, candidates):
         record = {"seed": seed, "reward_model": name,
                   **held_out_quality(reward, held_out, name), "corr_golden": None,
                   "corr_length": rank_correlation(scores[name], candidates.lengths),
-                  "marks_worth": None, "human_agreement": None, "human_ci95": None,
-                  "human_pairs": len(world.human_pairs)}
+                  "marks_worth": None, "human_agreement": None, "human_low": None,
+                  "human_high": None, "human_pairs": len(world.human_pairs)}
         if candidates.golden is not None:
             record["corr_golden"] = rank_correlation(scores[name], candidates.golden)
         spread = float(scores[name].std())
@@ -334,7 +331,8 @@ def inspect_rewards(world, seed, rewards, data, scores, candidates):
             plain = score(reward, [world.pair(x, world.unmark(y)) for x, y in demos])
             record["marks_worth"] = float((marked - plain).mean()) / spread
         if world.human_pairs:
-            record["human_agreement"], record["human_ci95"] = human_agreement(reward, world)
+            agreement = human_agreement(reward, world)
+            record.update(zip(("human_agreement", "human_low", "human_high"), agreement))
         records.append(record)
     return records
 
@@ -365,20 +363,21 @@ def grouped(records, key):
     return groups
 
 
-# The columns whose 95% half-width over prompts or pairs each seed has, and where it stands.
-INTERVALS = {"golden": "golden_ci95", "human_agreement": "human_ci95"}
-
-
 def over_seeds(records, column):
-    """(mean over seeds of a column, its 95% half-width), or (None, None) where it is empty. One
-    seed's half-width is its own, if it has one."""
+    """(mean over seeds of a column; low and high, the ends of its 95% interval), three times None
+    where it is empty. One seed has an interval of its own over prompts or pairs, or nan."""
     values = [record[column] for record in records if record[column] is not None]
     if not values:
-        return None, None
+        return None, None, None
     mean, half = mean_ci(values)
-    if len(records) == 1 and column in INTERVALS:
-        half = records[0][INTERVALS[column]]
-    return mean, half
+    if len(records) == 1 and column == "golden":
+        half = records[0]["golden_ci95"]
+        half = math.nan if half is None else half       # of a single prompt: read from a file
+    if column == "human_agreement":
+        if len(records) == 1:
+            return mean, records[0]["human_low"], records[0]["human_high"]
+        return mean, max(0.0, mean - half), min(1.0, mean + half)       # Student's t knows no bound
+    return mean, mean - half, mean + half
 
 
 def summarise(rows, n):
@@ -459,6 +458,19 @@ def mean_ci(values):
         return float(values.mean()), math.nan
     standard_error = float(values.std(ddof=1)) / math.sqrt(len(values))
     return float(values.mean()), student_t(len(values) - 1) * standard_error
+
+
+def wilson_interval(share, n):
+    """(low, high): the 95% interval of a share of n, which stays between 0 and 1.
+
+    It holds the p with |share - p| <= z sqrt(p (1 - p) / n), z = 1.96. Its centre is the share of
+    n + z^2 trials of which z^2 / 2 more are successes, so that 14 of 14 is no certainty. Source:
+    Wilson 1927; compared with others in Brown, Cai and DasGupta, Statistical Science 16, 2001.
+    """
+    z = STUDENT_T[math.inf]
+    centre = (n * share + z ** 2 / 2) / (n + z ** 2)
+    half = z * math.sqrt(n * share * (1 - share) + z ** 2 / 4) / (n + z ** 2)
+    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def ranks(values):

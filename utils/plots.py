@@ -75,8 +75,8 @@ def draw_run(out, results):
         title = "golden reward (a trained model's), log-odds"
     elif results["settings"]["demos"]:
         title = "golden reward (by --gold), points"
-    demo, _ = over_seeds([row for row in results["rows"] if row["name"] == "demonstrations"],
-                         "golden")
+    demo, *_ = over_seeds([row for row in results["rows"] if row["name"] == "demonstrations"],
+                          "golden")
     paths = [draw_best_of_n(results["best_of_n"], demo, Path(out) / "best_of_n.png", title),
              draw_reward_models(results["reward_models"], Path(out) / "reward_models.png")]
     return [path for path in paths if path]
@@ -146,12 +146,14 @@ def draw_reward_models(records, path):
     for axis, (column, title) in zip(axes[0], panels):
         chance = 0.5 if column == "human_agreement" else 0
         for i, (name, mine) in enumerate(models.items()):
-            mean, half = over_seeds(mine, column)
+            mean, low, high = over_seeds(mine, column)
             if mean is None:
                 axis.text(chance, i, " not defined", va="center", fontsize=7, color="#555555")
             else:
+                # rounding may put the end of an interval on the wrong side of its mean
+                error = np.maximum([[mean - low], [high - mean]], 0)
                 axis.barh(i, mean - chance, left=chance, color=COLORS[name],
-                          xerr=None if np.isnan(half) else half)
+                          xerr=None if np.isnan(error).any() else error)
         axis.axvline(chance, color="black", linewidth=0.8)
         axis.set(title=title, yticks=range(len(models)), yticklabels=list(models))
     return save_figure(figure, path)

@@ -14,7 +14,7 @@ from itertools import groupby
 from pathlib import Path
 
 from utils.cli import plural, load_json, write_aside, write_json
-from utils.evaluate import INTERVALS, grouped, over_seeds, summarise
+from utils.evaluate import grouped, over_seeds, summarise
 from utils.plots import COLORS, draw_run
 
 FIGURES = {     # that a run may have drawn: what is to be seen in them
@@ -39,7 +39,7 @@ LEARNED = (("accuracy", "accuracy", 9, ".2f", "accuracy", ".2f"),
            ("corr_golden", "golden", 8, ".2f", "correlation with golden", ".2f"),
            ("corr_length", "length", 8, ".2f", "correlation with length", ".2f"),
            ("marks_worth", "marks", 8, ".2f", "worth of the marks, sd", ".2f"),
-           ("human_agreement", "agrees with people", 20, ".3f", "agrees with people", ".3f"))
+           ("human_agreement", "agrees with people", 24, ".3f", "agrees with people", ".3f"))
 
 
 def number(value, form=".2f"):
@@ -48,10 +48,15 @@ def number(value, form=".2f"):
 
 
 def cell(records, column, form, plus_minus):
-    """The mean over seeds of a column, never without its interval if it has one."""
-    mean, half = over_seeds(records, column)
+    """The mean over seeds of a column; golden reward and agreement never without an interval."""
+    mean, low, high = over_seeds(records, column)
     text = number(mean, form)
-    return f"{text}{plus_minus}{number(half, form):>4}" if column in INTERVALS else text
+    if column == "golden":
+        half = None if mean is None else (high - low) / 2
+        return f"{text}{plus_minus}{number(half, form):>4}"
+    if column == "human_agreement" and mean is not None:    # it is not in the middle: both ends
+        return f"{text} [{number(low, form)}, {number(high, form)}]"
+    return text
 
 
 def golden_note(note):
@@ -207,22 +212,23 @@ def verdict(results):
         models = [name for name in learned if f"best of {n}, {name}" in methods]
         best = max(models, key=lambda name: golden[f"best of {n}, {name}"])
         name = f"best of {n}, {best}"
-        _, half = over_seeds(grouped(results["rows"], "name")[name], "golden")
+        _, low, high = over_seeds(grouped(results["rows"], "name")[name], "golden")
         unit = "log-odds by the trained model" if results["golden"] else "points"
         share = number(methods[name]["share_of_golden_gain"][0], ".0%")
         return (f"{among}{best} picks best: its best of {n} earns {golden[name]:.2f} ± "
-                f"{number(half)} {unit}, {share} of what a selector that knows golden gains over "
-                f"pi_SFT. pi_SFT: {golden['pi_SFT']:.2f}, demonstrations: "
+                f"{number((high - low) / 2)} {unit}, {share} of what a selector that knows golden "
+                f"gains over pi_SFT. pi_SFT: {golden['pi_SFT']:.2f}, demonstrations: "
                 f"{golden['demonstrations']:.2f}, that selector: "
                 f"{golden[f'best of {n}, golden']:.2f}.")
     unknown = "Nobody knows the golden reward of these data"
     if not any(record["human_pairs"] for record in results["reward_models"]):
         return f"{unknown}, and no held-out pairs say what people prefer: read the samples."
     best = max(learned, key=lambda name: over_seeds(learned[name], "human_agreement")[0])
-    mean, half = over_seeds(learned[best], "human_agreement")
-    chance = "above chance" if mean - half > 0.5 else "which chance may explain"
-    return (f"{unknown}. {among}{best} agrees most with people, on {mean:.3f} ± {half:.3f} of "
-            f"{plural(learned[best][0]['human_pairs'], 'held-out pairs')}, {chance}.")
+    mean, low, high = over_seeds(learned[best], "human_agreement")
+    chance = "above chance" if low > 0.5 else "which chance may explain"
+    pairs = plural(learned[best][0]["human_pairs"], "held-out pairs")
+    return (f"{unknown}. {among}{best} agrees most with people, on {mean:.3f} of {pairs} (95% "
+            f"interval {low:.3f} to {high:.3f}), {chance}.")
 
 
 def figure(path, caption):
