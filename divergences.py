@@ -25,25 +25,24 @@ Two KLs, two behaviours (kl(log_p, log_q) is always KL(p || q); F.kl_div reverse
  9. Forward KL has f = u log u, hence r = u, and E_pi[u grad log pi] = E_beta[grad log pi]: SFT.
 10. For the other five only r(h) changes: the table below.
 
-**Why r is held constant.** r depends on pi through u, but line 5 has already counted that. The code
-maximises r log pi, so a missing detach adds E_pi[log pi grad r]: for reverse KL the gradient of the
-entropy, which moves the optimum from beta to beta^(1/2), normalised; for forward KL
--E_beta[log pi grad log pi], which moves it to pi proportional to beta (1 - log pi).
+**Why r is held constant.** Line 5 has counted how r depends on pi. The code maximises r log pi: a
+missing detach adds E_pi[log pi grad r]. In reverse KL that is the gradient of the entropy, and the
+optimum moves from beta to beta^(1/2), in forward KL to beta (1 - log pi), both normalised.
 
 **Why r is not kept fixed.** It is the slope at today's pi. Kept for many steps, E_pi[r] is linear
-in pi and its maximum puts all mass on argmax r: one response, even where pi equalled beta an
-instant ago. So either refresh the discriminator as pi moves, or hold pi back with a KL term:
-max E_pi[r] - KL(pi || pi_0) with r = log beta - log pi_0 has its optimum at beta.
+in pi: the best pi writes argmax r alone. So either refresh the discriminator as pi moves, or hold
+pi back: max E_pi[r] - KL(pi || pi_0) with r = log beta - log pi_0 has its optimum at beta.
 
-**A caution: FAIRL.** Its published reward -h e^h (arXiv:1911.02256) is -f(u) of the forward KL,
-not f*(f'(u)) = e^h. Near pi = beta, -f(u) = -(u - 1) to first order while the right reward is u:
-followed as a policy gradient it points exactly the wrong way and moves *away*.
+**Where pi is zero.** A mean of f(u) over samples of pi is an unbiased estimate of D_f, and E_pi[u]
+is 1, only where pi > 0 wherever beta > 0: no sample shows what pi misses. With beta = (1/2, 0,
+1/2), pi = (1/2, 1/2, 0) the Hellinger row has E_pi[f(u)] = 1/2 and D_f = 1: see f_divergence.
 
-Shapes: N samples, or sequences of an enumeration, always the last dimension; any batch dimensions
-come first. Probabilities are natural logarithms; -inf is probability zero.
+**A caution: FAIRL.** Its published reward -h e^h (arXiv:1911.02256) is -f(u) of the forward KL, not
+e^h. Near pi = beta that is 1 - u where u is right: it points exactly the wrong way.
 
-**Large values.** An exponent is cut at log(largest float) - 8, 80.7 in float32. Beyond it e^x stays
-at that ceiling with gradient zero, so that no |h| up to 2,000 gives inf or nan.
+Shapes: N samples or sequences, always last; batch dimensions come first. Logarithms are natural;
+-inf is probability zero. An exponent is cut at log(largest float) - 8, 80.7 in float32. Beyond it
+e^x stays at that ceiling with gradient zero, so that no |h| up to 2,000 gives inf or nan.
 """
 
 import math
@@ -87,9 +86,9 @@ def _square_expm1(x):
     return torch.expm1(_cut(x, share=0.5)).square()
 
 
-def _finite(h):
-    """h with -inf (a sample that beta never writes) made the lowest float, so that 0 * h is 0."""
-    return h.clamp(min=torch.finfo(h.dtype).min)
+def _xtanh_logcosh(x):
+    """x tanh x - log cosh x: at x = h/2 Jensen-Shannon's f(u) / (u + 1), exact also near 0."""
+    return x * torch.tanh(x) - torch.log1p(2 * torch.sinh(x / 2).square())
 
 
 def _conjugate_below(t, bound, formula):
@@ -109,20 +108,21 @@ REVERSE_KL = Divergence(                       # AIRL, AfD. f(u) = -log u
 
 FORWARD_KL = Divergence(                       # SFT. f(u) = u log u
     name="forward_kl", label="forward KL",
-    f=lambda h: _finite(h) * _exp(h),
+    # -inf (a sample that beta never writes) becomes the lowest float, so that 0 * h is 0
+    f=lambda h: h.clamp(min=torch.finfo(h.dtype).min) * _exp(h),
     f_prime=lambda h: h + 1,
     conjugate=lambda t: _exp(t - 1),
     reward=lambda h: _exp(h),
     f_at_zero=0.0, dual="reverse_kl")
 
-# GAIL. f(u) = u log u - (u + 1) log((u + 1)/2) = u log(2D) + log(2(1 - D)): *twice* the
-# Jensen-Shannon divergence, from 0 to 2 log 2. Its reward is -log(1 - D) = softplus(h).
+# GAIL. f(u) = u log u - (u + 1) log((u + 1)/2): *twice* the Jensen-Shannon divergence, from 0 to
+# 2 log 2. As written f cancels near u = 1. The factor that is used is log 2 from |h| = 20 on.
 JENSEN_SHANNON = Divergence(
     name="jensen_shannon", label="Jensen-Shannon",
-    f=lambda h: _exp(h) * (LOG2 + F.logsigmoid(_finite(h))) + (LOG2 + F.logsigmoid(-h)),
-    f_prime=lambda h: LOG2 + F.logsigmoid(h),
-    conjugate=lambda t: _conjugate_below(t, LOG2, lambda t: -torch.log(2 - torch.exp(t))),
-    reward=lambda h: -F.logsigmoid(-h),
+    f=lambda h: (1 + _exp(h)) * _xtanh_logcosh(_cut(h.abs(), share=0.25) / 2),
+    f_prime=lambda h: -torch.log1p(_expm1(-h) / 2),
+    conjugate=lambda t: _conjugate_below(t, LOG2, lambda t: -torch.log1p(-torch.expm1(t))),
+    reward=lambda h: -F.logsigmoid(-h),                 # -log(1 - D) = softplus(h)
     f_at_zero=LOG2, dual="jensen_shannon")
 
 # f(u) = |u - 1| / 2. Not differentiable at u = 1: there f' and r take the middle value, 0.
@@ -146,9 +146,9 @@ NEYMAN_CHI2 = Divergence(                      # f(u) = (1 - u)^2 / u = 4 sinh(h
     name="neyman_chi2", label="Neyman chi2",
     f=lambda h: 4 * torch.sinh(_cut(h.abs()) / 2).square(),
     f_prime=lambda h: -_expm1(-2 * h),
-    # the root's slope is infinite at t = 1: the clamp keeps its gradient from becoming a nan
+    # f* is 2 - 2 sqrt(1 - t), whose digits cancel near 0; the clamp keeps nan from its gradient
     conjugate=lambda t: torch.where(
-        t <= 1, 2 - 2 * torch.sqrt((1 - t).clamp(min=torch.finfo(t.dtype).tiny)), torch.inf),
+        t <= 1, 2 * t / (1 + torch.sqrt((1 - t).clamp(min=torch.finfo(t.dtype).tiny))), torch.inf),
     reward=lambda h: -2 * _expm1(-h),
     f_at_zero=math.inf, dual="pearson_chi2")
 

@@ -153,13 +153,62 @@ def test_no_log_ratio_up_to_two_thousand_gives_inf_or_nan(divergence):
             assert function(h).isfinite().all()
 
 
-@pytest.mark.parametrize("name", ["pearson_chi2", "neyman_chi2", "squared_hellinger"])
-def test_digits_near_one_are_kept(name):
-    """A failure means that e^h - 1 is computed as it is written: no digit is left near u = 1."""
-    h = torch.tensor([-1e-6, 1e-6])
-    for part in ("f_prime", "reward", "f"):
-        function = getattr(DIVERGENCES[name], part)
-        torch.testing.assert_close(function(h), function(h.double()).float(), rtol=1e-4, atol=0)
+# Near u = 1, h = log u: f, f', r and f* by their series; the first term left out is smaller than the
+# first by h^2. What is not 0 at u = 1 has no digits to lose there and is left out.
+SERIES = {
+    "reverse_kl": {"f": lambda h: -h, "reward": lambda h: h},
+    "forward_kl": {"f": lambda h: h + h ** 2},
+    "jensen_shannon": {"f": lambda h: h ** 2 / 4 * (1 + h / 2), "conjugate": lambda t: t + t ** 2,
+                       "f_prime": lambda h: h / 2 - h ** 2 / 8},
+    "total_variation": {"f": lambda h: (h + h ** 2 / 2).abs() / 2},
+    "pearson_chi2": {"f": lambda h: h ** 2 * (1 + h), "f_prime": lambda h: 2 * h + h ** 2,
+                     "reward": lambda h: 2 * h + 2 * h ** 2, "conjugate": lambda t: t + t ** 2 / 4},
+    "neyman_chi2": {"f": lambda h: h ** 2, "f_prime": lambda h: 2 * h - 2 * h ** 2,
+                    "reward": lambda h: 2 * h - h ** 2, "conjugate": lambda t: t + t ** 2 / 4},
+    "squared_hellinger": {"f": lambda h: h ** 2 / 4 * (1 + h / 2),
+                          "f_prime": lambda h: h / 2 - h ** 2 / 8,
+                          "reward": lambda h: h / 2 + h ** 2 / 8,
+                          "conjugate": lambda t: t + t ** 2},
+}
+
+
+@each
+def test_digits_near_one_are_kept(divergence):
+    """In float32, down to |u - 1| = 1e-9. A failure means that a formula is computed as it is
+    written: its terms cancel, f is 0 or negative and f' is 0 where pi is close to beta."""
+    h = torch.tensor([1e-9, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3])
+    h = torch.cat([-h, h])
+    for part, series in SERIES[divergence.name].items():
+        got = getattr(divergence, part)(h).double()
+        torch.testing.assert_close(got, series(h.double()), rtol=3e-6, atol=0, msg=part)
+
+
+@each
+@pytest.mark.parametrize("part", ["f", "f_prime", "reward", "conjugate"])
+def test_float32_is_float64_around_one(divergence, part):
+    """From |h| = 1e-8 to 8, relative to the value: the series above joins what lies farther out. A
+    failure means that digits are lost somewhere between."""
+    h = torch.logspace(-8, 0.9, 90)
+    h = torch.cat([-h, h])
+    function = getattr(divergence, part)
+    value, exact = function(h).double(), function(h.double())
+    if part == "conjugate":     # it is infinite from some t on, and passes through 0 once more
+        known = exact.isfinite() & (exact.abs() > 1e-9)
+        value, exact = value[known], exact[known]
+        assert len(exact) >= 90
+    torch.testing.assert_close(value, exact, rtol=1e-5, atol=0)
+
+
+def test_a_mean_over_samples_misses_what_pi_never_writes():
+    """The docstring's example. A failure means that it is wrong, or that f_divergence forgets the
+    price of what the policy misses."""
+    beta, pi = (torch.tensor(p, dtype=torch.float64).log() for p in ((.5, 0, .5), (.5, .5, 0)))
+    written = pi > -torch.inf
+    h = (beta - pi)[written]
+    hellinger = DIVERGENCES["squared_hellinger"]
+    assert (pi[written].exp() * h.exp()).sum().item() == pytest.approx(0.5)           # E_pi[u]
+    assert (pi[written].exp() * hellinger.f(h)).sum().item() == pytest.approx(0.5)    # E_pi[f(u)]
+    assert f_divergence(hellinger, beta, pi).item() == pytest.approx(1)
 
 
 def test_log_ratio_of_a_sample_that_beta_never_writes():
