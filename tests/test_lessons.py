@@ -10,6 +10,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 
 import afd
 from model import GPT, GPTConfig
@@ -30,7 +31,7 @@ def module_at(path):
 
 check = module_at(LESSONS / "check.py")
 results = module_at(ROOT / "docs" / "results.py")
-NUMBERS = range(1, len(check.CHECKERS) + 1)
+NUMBERS = list(check.CHECKERS)
 SOLUTIONS = {n: next((LESSONS / "solutions").glob(f"{n:02d}_*.py")) for n in NUMBERS}
 
 
@@ -47,7 +48,7 @@ def test_solutions_pass_and_stay_short(number):
 
 
 STUB_SAYS = {9: "arguments are swapped", 10: "EOS that ends a response bears no loss",
-             11: "hard maximum", 12: "reward is not detached"}
+             11: "hard maximum", 12: "reward is not detached", 14: "0.55, 0.27, 0.18; the texts"}
 
 
 @pytest.mark.parametrize("number", NUMBERS)
@@ -160,6 +161,14 @@ MISTAKES = [
     (12, "return -(", "return (", "sign is wrong"),
     (12, " * logp)", " * logp.detach())", "carries no gradient"),
     (12, "    logp =", "    logits.mul_(2)\n    logp =", "No usual mistake"),
+    (14, "torch.randperm(len(lengths), generator=generator)", "torch.arange(len(lengths))",
+     "All epochs are the same"),
+    (14, "torch.randperm(len(lengths), generator=generator)",
+     "torch.randint(len(lengths), (len(lengths),), generator=generator)", "once"),
+    # a common compromise: random pools of a few batches, sorted within each
+    (14, "return torch.randperm(len(lengths), generator=generator)",
+     "pools = torch.randperm(len(lengths), generator=generator).view(2, -1)\n"
+     "    return pools.gather(1, lengths[pools].argsort(1))", "length must not decide"),
 ]
 
 
@@ -184,7 +193,7 @@ def test_usual_mistakes_get_their_hint(number, right, wrong, words, tmp_path):
 ])
 def test_what_any_file_may_do(number, body, words, tmp_path):
     """No exercise file may end in a traceback."""
-    name = check.CHECKERS[number - 1].__name__.removeprefix("check_")
+    name = check.CHECKERS[number].__name__.removeprefix("check_")
     (tmp_path / f"{number:02d}_x.py").write_text(f"def {name}(*a):\n    {body}\n")
     assert words in check.check(number, tmp_path)
 
@@ -208,7 +217,7 @@ def test_command_line(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(NUMBERS) + 1
     assert "not started" in lines[0] and "not right yet" in lines[8] and "None" in lines[-1]
-    for argv in (["0"], ["13"], ["x"], ["1", "2"]):
+    for argv in (["0"], ["99"], ["x"], ["1", "2"]):
         with pytest.raises(InputError):
             check.main(argv)
 
@@ -322,6 +331,21 @@ def test_the_stages_are_a_library(tmp_path, monkeypatch, capsys):
 
 
 # ---- what the pages say in words -----------------------------------------------------------------
+
+def test_lesson_2_on_length_bias():
+    """Its corpus, trained on: a policy that only chooses a length, gradient descent on the batches'
+    mean losses. A failure means that lesson 2 gives the wrong answer."""
+    lengths = torch.tensor([10] * 64 + [40] * 64)
+    for rows, short in ((torch.arange(128).view(-1, 16), 4 / 5),        # each batch of one length
+                        (torch.arange(128).view(16, -1).T, 1 / 2)):     # half and half in each
+        logits = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+        for _ in range(400):
+            logp = logits.log_softmax(0)[(lengths[rows] == 40).long()]
+            loss = -(logp.sum(1) / lengths[rows].sum(1)).mean()
+            with torch.no_grad():
+                logits -= 20 * torch.autograd.grad(loss, logits)[0]
+        assert logits.softmax(0)[0].item() == pytest.approx(short, abs=1e-4)
+
 
 DATA = json.loads(results.COLLECTED.read_text(encoding="utf-8"))
 

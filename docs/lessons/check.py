@@ -310,21 +310,44 @@ def check_policy_loss(ask):
     got = gradient(ask(log_beta, logits, shape=()), logits)
     logp = logits.log_softmax(-1)
     right = gradient(divergences.forward_kl(log_beta, logp), logits)
-    twice = gradient(-(logp.exp().detach() * (log_beta - logp).exp() * logp).sum(), logits)
+    undetached = gradient(-(logp.exp().detach() * (log_beta - logp).exp() * logp).sum(), logits)
     compare("The gradient", got, right, (
-        ("The reward is not detached: how r depends on pi is then counted twice.", twice),
+        ("The reward is not detached: its own slope adds E_pi[log pi grad r].", undetached),
         ("The sign is wrong: the loss is minus E_pi[r log pi].", -right)))
 
 
-CHECKERS = (check_response_mask, check_forward_kl_loss, check_discriminator_loss,
-            check_jeffreys_reward, check_soft_value_iteration, check_log_ratio_reward,
-            check_best_of_n, check_leave_one_out, check_forward_kl, check_sft_loss,
-            check_soft_value, check_policy_loss)
+def check_batches(ask):
+    lengths = torch.tensor([4] * 96 + [8] * 96 + [16] * 128)[randn(320).argsort()]
+    generator = torch.Generator().manual_seed(0)
+    epochs = [ask(lengths, 32, generator, shape=(10, 32)).long() for _ in range(50)]
+    if any((rows.flatten().sort().values != torch.arange(320)).any() for rows in epochs):
+        raise Hint("Each text must be in one batch of an epoch, once.")
+    if all(torch.equal(rows, epochs[0]) for rows in epochs):
+        raise Hint("All epochs are the same: draw with the generator.")
+    # A policy that knows all but how long to write: the mean of its batch losses is
+    # -sum_i log P(length_i) / tokens of i's batch, least at P(n) = the weight of length n.
+    weight = torch.zeros(320, dtype=torch.float64)
+    for rows in epochs:
+        weight[rows] += 1 / lengths[rows].sum(1, keepdim=True)
+    P = torch.stack([weight[lengths == n].sum() for n in (4, 8, 16)]) / weight.sum()
+    # at random a text's own length is 1 of 32 in the mean: that bias is below 0.01
+    if (P - torch.tensor([0.3, 0.3, 0.4])).abs().max() > 0.02:
+        raise Hint("A policy trained on such batches ends at P(4, 8, 16 tokens) = "
+                   + ", ".join(f"{p:.2f}" for p in P.tolist()) + "; the texts have 0.30, 0.30, "
+                   "0.40. A text weighs 1 / (tokens of its batch), so its length must not decide "
+                   "which texts stand beside it.")
+
+
+CHECKERS = dict(enumerate((
+    check_response_mask, check_forward_kl_loss, check_discriminator_loss, check_jeffreys_reward,
+    check_soft_value_iteration, check_log_ratio_reward, check_best_of_n, check_leave_one_out,
+    check_forward_kl, check_sft_loss, check_soft_value, check_policy_loss), 1))
+CHECKERS[14] = check_batches
 
 
 def check(number, folder=HERE / "exercises"):
     """What is wrong with exercise `number` of this folder, or "solved"."""
-    checker, path = CHECKERS[number - 1], next(folder.glob(f"{number:02d}_*.py"), None)
+    checker, path = CHECKERS[number], next(folder.glob(f"{number:02d}_*.py"), None)
     try:
         if path is None:
             raise Hint(f"There is no file {number:02d}_*.py in {folder}.")
@@ -335,14 +358,14 @@ def check(number, folder=HERE / "exercises"):
 
 
 def main(argv):
-    known = [str(number) for number in range(1, len(CHECKERS) + 1)]
+    known = [str(number) for number in CHECKERS]
     if len(argv) > 1 or not set(argv) <= set(known):
         raise InputError(f"give one number from 1 to {known[-1]}, or nothing for a list of all")
     if argv:
         answer = check(int(argv[0]))
         print(f"exercise {argv[0]}: {answer}")
         sys.exit(answer != "solved")
-    for number, checker in enumerate(CHECKERS, 1):
+    for number, checker in CHECKERS.items():
         state = check(number)
         if state != "solved":
             state = "not started" if "returns None" in state else "not right yet"
