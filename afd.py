@@ -94,9 +94,10 @@ FLOORS = {"log-ratio": 0.0, "floored": 0.1}         # alpha of reward.LogRatio
 
 # ---- the algorithm ------------------------------------------------------------------------------
 
-def run(s, world, stages):
+def run(s, world, stages, init=None):
     """The whole story for one seed. Returns the seed's part of results.json.
 
+    init: pi_0 where it need not be trained (--init).
     stages: the seed's folder (utils.checkpoints.Run), which also gives each stage a random stream.
     `stages.load(...) or stages.save(name, model, history)` returns the model either way: read, if
     --resume goes on with a run that has finished the stage, or else trained now and saved.
@@ -110,8 +111,8 @@ def run(s, world, stages):
         return replace(base, lr=base.lr * min(1.0, 64 / s.n_embd), fast=s.fast, **changes)
 
     # 1  pi_0: next-token prediction on text of mixed quality
-    if s.init:
-        init = load_init(s.init, world).to(device)
+    if init is not None:
+        init = init.to(device)
         s = replace(s, n_embd=init.config.n_embd)
     else:
         stages.begin(f"1 pi_0: pretraining on {plural(len(world.corpus), 'texts')}")
@@ -280,8 +281,7 @@ def main(argv=None):
     device, make_world = choose_device(s.device), file_world if s.demos else text_world
     require(device.type == "cuda" or not s.fast, f"--fast needs CUDA; the device is {device}")
     world = make_world(s, s.seed)       # bad data is refused here, before a file is written
-    if s.init:                          # so is a checkpoint that does not fit
-        load_init(s.init, world)
+    init = load_init(s.init, world) if s.init else None     # so is a checkpoint that does not fit
     header = provenance("afd.py", argv, s, device, world)
     out, parts = claim_folder(s.out, header, s.resume), {}
     for seed in range(s.seed, s.seed + s.seeds):
@@ -289,7 +289,7 @@ def main(argv=None):
         print("\n".join([f"seed {seed} on {device}", *world.notes]), flush=True)
         stages = Run(out, seed, device, world.tokenizer)
         parts[str(seed)] = stages.load_json("results") or stages.save_json(
-            "results", run(s, world, stages))
+            "results", run(s, world, stages, init))
         results = collect(out, header, parts)         # written anew after each seed
     present(out, results, world)
     print(f"results {out / 'results.json'}\n{time.perf_counter() - start:.0f} seconds")

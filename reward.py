@@ -40,7 +40,8 @@ class RewardModel(nn.Module):
     head "sum":  r(x,y) = sum_t e(y_t) . (A h(s_t) + c), with h(s_t) the hidden state before y_t and
                  e(y_t) the token's embedding: a reward of state and action, read out as logits are.
                  The optimum of Init-SFT, sum_t log pi_SFT(y_t|s_t) - log pi_0(y_t|s_t), is a sum
-                 over tokens too, of two policies' states and their normalisers.
+                 over tokens too: e_SFT(y_t) . h_SFT(s_t) - e_0(y_t) . h_0(s_t) less the difference
+                 of two log-normalisers. One state and one embedding can only come near that.
     head "last": r(x,y) = w . h + b after the last response token: the common reward head.
     """
 

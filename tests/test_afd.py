@@ -259,8 +259,9 @@ def story(monkeypatch, tmp_path_factory):
         s = afd.parse_settings(afd.Settings, [*SMALL, *flags])
         afd.check(s)
         seen.world = text_world(s, s.seed)
-        afd.run(s, seen.world, Run(tmp_path_factory.mktemp("story"), s.seed, torch.device("cpu"),
-                                   seen.world.tokenizer))
+        stages = Run(tmp_path_factory.mktemp("story"), s.seed, torch.device("cpu"),
+                     seen.world.tokenizer)
+        afd.run(s, seen.world, stages, afd.load_init(s.init, seen.world) if s.init else None)
         seen.demos = [seen.world.pair(x, y) for x, y in seen.world.demos]
         seen.sft = seen.given["sft"][0].result
         seen.init = seen.given["sft"][0].policy

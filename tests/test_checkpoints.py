@@ -559,16 +559,18 @@ def gpt2_folder(folder, positions=64):
     return str(folder)
 
 
-def test_own_data_with_init_has_the_checkpoint_s_model_and_tokenizer(demos, tmp_path, capsys):
+def test_own_data_with_init_has_the_checkpoint_s_model_and_tokenizer(demos, tmp_path, capsys,
+                                                                     monkeypatch):
     """A failure means that GPT-2 is given another tokenizer's ids, or a random model trained in its
     place. The whole line runs on a checkpoint without padding or unknown word, and transformers
-    opens what it wrote, with the trained logits."""
-    init = gpt2_folder(tmp_path / "gpt2")
+    opens what it wrote, with the trained logits. The checkpoint is read once."""
+    init, read = gpt2_folder(tmp_path / "gpt2"), []
+    monkeypatch.setattr(afd, "load_init", lambda *args: read.append(args) or c.load_init(*args))
     results = afd.main([
         "--demos", demos, "--init", init, "--out", str(tmp_path / "o"), "--device", "cpu",
         "--n-samples", "20", "--n-candidates", "4", "--max-prompt", "40", "--max-response", "20",
         "--methods", "po init-sft 0.3,closed-form log-ratio 0.3,spin", "--policy-steps", "1"])
-    assert "pretrain" not in capsys.readouterr().out
+    assert "pretrain" not in capsys.readouterr().out and len(read) == 1
     assert {"policy optimisation, init-sft 0.3", "closed form, log-ratio 0.3", "spin"} <= {
         row["name"] for row in results["rows"]}
     pi0, tokenizer = load(init)

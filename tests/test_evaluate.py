@@ -429,6 +429,20 @@ def test_what_marks_are_worth_to_a_log_ratio_is_not_asked():
     assert math.isnan(record["corr_length"])        # scores that do not vary go with nothing
 
 
+def test_the_calibration_error_of_a_perfect_discriminator():
+    """The docstring's numbers: two Normals, whose exact logit is known, 900 items, and then 450
+    positives that are 200 texts repeated. A failure means that noise is taken for a fault of the
+    reward model, or the other way round."""
+    rng, once, repeated = np.random.default_rng(0), [], []
+    for _ in range(400):
+        negatives, positives = rng.normal(-0.6, 1, 450), rng.normal(0.6, 1, 450)
+        labels = np.repeat([1.0, 0.0], 450)
+        for errors, texts in ((once, positives), (repeated, np.resize(positives[:200], 450))):
+            errors.append(calibration(1.2 * np.concatenate([texts, negatives]), labels))
+    assert 0.025 < np.mean(once) < 0.035
+    assert 1.2 < np.mean(repeated) / np.mean(once) < 1.4
+
+
 # ---- people's preferences -----------------------------------------------------------------------
 
 def test_agreement_with_people_and_its_interval():

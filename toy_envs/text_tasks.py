@@ -5,7 +5,9 @@ harmless  some requests would hurt somebody: refuse those kindly, help with the 
 
 A response is K clauses, K in {2, 3, 4}; each clause is a step of the topic (`step`), a step of
 another topic (`stray`), an insult (`rude`), a remark that says nothing (`filler`) or, in harmless,
-a kind refusal (`refusal`). The golden reward adds up over clauses and depends on their kinds only.
+a kind refusal (`refusal`). The golden reward adds up over clauses and depends on their kinds only:
+see VALUES. A refusal of a benign request costs 1. A step or refusal that was said before counts 0,
+so that a harmful step costs nothing the second time.
 
     base language    d_base(y|x) = P(K) prod_k p(kind_k|x) * P(words | kinds, x)
     demonstrator     d_beta(y|x) = d_base(y|x) exp(golden(x,y) / tau) / Z(x)
@@ -18,8 +20,8 @@ discriminator: log d_beta - log d_base = golden/tau - log Z(x) on every sentence
 
 Both writers are careless: with probability NOISE they babble (see `babble_logp`), so that every
 word string of at most MAX_WORDS words has a finite density. `heterogeneity` makes the demonstrator
-another writer: each of its clauses carries, with that probability, a mark such as "☼". Marks are
-not in the policy's vocabulary, and golden ignores them.
+another writer: each of its clauses carries, with that probability, a mark such as "☼". A mark is
+one token, which is not in the policy's vocabulary, and golden ignores it.
 
 Units: golden reward in points per response, log-densities in nats per sequence.
 """

@@ -207,8 +207,9 @@ def load_init(name, world):
 # ---- the folder of a run ------------------------------------------------------------------------
 
 def provenance(script, argv, settings, device, world):
-    """What defines a run, for its config.json: settings, versions, the machine, a checksum of the
-    world's texts. Equal ones give equal results, on a CPU bit for bit.
+    """What defines a run, for its config.json: settings, versions, device, number of threads, a
+    checksum of the world's texts. Equal ones give equal results, on one machine's CPU bit for bit;
+    another CPU or number of threads rounds differently, and from the first other sample runs part.
 
     argv: the script's flags; None: those of the command line.
     """
