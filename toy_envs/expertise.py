@@ -227,7 +227,7 @@ def draw(scores, log_beta):
     means, halves = intervals(100 * (scores["IRLEED"] - scores["MaxEnt IRL, pooled"]))
     middle.imshow(means, cmap="RdBu", vmin=-80, vmax=80, aspect="auto")
     for i, j in torch.cartesian_prod(torch.arange(len(SPREADS)), torch.arange(len(BIASES))):
-        middle.text(j, i, f"{means[i][j]:+.0f}\n±{halves[i][j]:.0f}", ha="center", va="center")
+        middle.text(j, i, f"{round(means[i][j]):+d}\n±{halves[i][j]:.0f}", ha="center", va="center")
     middle.set(title="IRLEED less pooled, points", xlabel="bias", ylabel="spread of log β",
                xticks=range(len(BIASES)), xticklabels=BIASES.tolist(),
                yticks=range(len(SPREADS)), yticklabels=[f"±{spread:g}" for spread in SPREADS])
