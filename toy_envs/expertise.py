@@ -210,7 +210,7 @@ def print_tables(scores, gains, s):
         for name, values in scores.items():
             cells = zip(*intervals(100 * values[:, i]))
             print(f"{name:22}" + "".join(f"{mean:7.1f} ±{half:5.1f}" for mean, half in cells))
-    print("\nover MaxEnt IRL, pooled    points      % (paper's IRLEED: +30.3, of 121 settings)")
+    print("\nover MaxEnt IRL, pooled    points     %, settings' mean (the paper's: +30.3)")
     for name, of in gains.items():
         print(f"{name:22}" + "".join(f"{mean:+9.1f} ±{half:5.1f}" for mean, half in of.values()))
     print(f"± is a 95% interval over {s.seeds} sets of demonstrators")
