@@ -208,7 +208,7 @@ def test_cloning_and_the_inverse_model_find_the_gain():
 
 def test_everybody_arrives_with_plenty_of_episodes():
     """Failing: a learner is broken, and its number of interactions says nothing about its kind."""
-    plenty = {name: ((200, 3.0),) * 4 for name in list(o.LEARNERS)[:3]}
+    plenty = {name: ((200, 10.0),) * 4 for name in list(o.LEARNERS)[:3]}
     rows = o.experiment(o.Settings(seeds=2, rounds=15), plenty)
     assert len(rows) == 12 and all(row["arrived"] == 2 and row["last"][0] > 0.97 for row in rows)
 

@@ -228,7 +228,7 @@ def experiment(s, learners=LEARNERS):
 def draw(rows):
     """Interactions by dimension, and how many times the model-based learner's these are."""
     figure, axes = pyplot().subplots(1, 2, figsize=(9, 3.8))
-    titles = f"interactions until {TARGET:.0%} of the expert's return", "divided by the model-based"
+    titles = f"interactions until {TARGET:.0%} of the expert's return", "... over those with a model"
     for ax, title, key in zip(axes, titles, ("log10_used", "log10_ratio")):
         for place, (learner, (color, look)) in enumerate(zip(LEARNERS, LOOKS)):
             mean, half = torch.tensor([row[key] for row in rows if row["learner"] == learner]).T
