@@ -41,88 +41,129 @@ PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")      # hold tables be
 
 # ---- the runs -----------------------------------------------------------------------------------
 
-LEVELS = ("0", "0.25", "0.5", "0.75", "1")      # of heterogeneity
-FEW = {"100": "80", "300": "27", "1000": "8"}   # demonstrations: epochs, for as many steps
-NOISE = ("0.1", "0.2", "0.4")                   # shares of labels swapped
+SEEDS = range(5)
+LEVELS = ("0", "0.5", "1")                      # of heterogeneity
+FEW = {"100": "160", "1000": "16"}      # demonstrations: epochs, for as many steps
+SCHEDULES = (("0.001", "1"), ("0.001", "2"), ("0.001", "4"), ("0.003", "4"))
+ALPHAS = ("0", "0.001", "0.01", "0.1", "0.3", "1")      # both as in sweeps.py
 SELECT = "--methods none --n-candidates 16"     # best-of-N alone
-ONLINE = ("adversarial forward_kl, adversarial reverse_kl, adversarial-exact forward_kl, "
-          "adversarial-exact reverse_kl")
 SHARPENED = ("temperature 0.3, temperature 0.5, temperature 0.7, closed-form log-ratio 0.3, "
              "closed-form floored 0.3")
-BASIC = "po floored 0.3, po init-sft 0.3, closed-form log-ratio 0.3, closed-form floored 0.3"
-POLICIES = {        # groups in which policies are trained too; no other takes as long
-    "helpful-h0": f"{BASIC}, po floored 0.1, po floored 1, po floored 3, po init-demo 0.3, "
-                  "po preference 0.3, po log-ratio 0.3, closed-form log-ratio 0.1, "
-                  "closed-form floored 0.1, closed-form log-ratio 1, closed-form floored 1, "
-                  f"closed-form log-ratio 3, closed-form floored 3, {ONLINE}, spin, irft, dpo",
-    "harmless-h0": f"{BASIC}, {ONLINE}, spin, irft, dpo",
-    "helpful-h1": BASIC}
+OPTIMISED = "po init-sft 0.3, po floored 0.3"
+ONLINE = ("adversarial forward_kl, adversarial reverse_kl, adversarial-exact forward_kl, "
+          "adversarial-exact reverse_kl")
+METHODS = {         # of a group, beyond SHARPENED
+    "good-helpful-h0": f"{OPTIMISED}, po init-demo 0.3, po preference 0.3, po log-ratio 0.3, "
+                       "closed-form log-ratio 1, closed-form log-ratio 3, closed-form floored 1, "
+                       f"closed-form floored 3, {ONLINE}, spin, irft, dpo",
+    "good-harmless-h0": f"{OPTIMISED}, spin, irft, dpo",
+    "idle-helpful-h0": OPTIMISED}
 
 
 def groups():
-    """{group: the flags of its run, but for --seeds and --out}."""
-    found = {group: f"--methods '{methods}'" for group, methods in POLICIES.items()}
-    for task in ("helpful", "harmless"):
-        for h in LEVELS:
-            rest = found.get(f"{task}-h{h}", SELECT)
-            found[f"{task}-h{h}"] = f"--task {task} --heterogeneity {h} {rest}"
+    """{group: the flags of its runs, but for --seed, --init and --out}. A group's name begins with
+    its base and task where these tell it apart; the first groups train the pi_0 of the others."""
+    found = {}
+    for h, base, task in product("01", ("good", "idle"), ("helpful", "harmless")):
+        methods = ", ".join(filter(None, [SHARPENED, METHODS.get(f"{base}-{task}-h{h}")]))
+        found[f"{base}-{task}-h{h}"] = (f"--base {base} --task {task} --heterogeneity {h} "
+                                        f"--n-candidates 32 --methods '{methods}'")
+    found |= {f"good-{task}-h0.5": f"--task {task} --heterogeneity 0.5 {SELECT}"
+              for task in ("helpful", "harmless")}
     found |= {f"last-h{h}": f"--head last --heterogeneity {h} {SELECT}" for h in "01"}
-    found["more-h1"] = f"--seed 5 --heterogeneity 1 {SELECT}"       # five further seeds
-    # A policy that is short of capacity.
+    found |= {f"demos{n}": f"--n-demos {n} --sft-epochs {epochs} {SELECT}"
+              for n, epochs in FEW.items()}
+    # A policy that is short of capacity: it needs a pi_0 of its own.
     found["small"] = f"--n-embd 16 --n-layer 1 --methods '{ONLINE}' --n-candidates 2"
-    found |= {f"demos{n}": f"--n-demos {n} --sft-epochs {epochs} --n-candidates 16 "
-              "--methods 'po init-sft 0.3'" for n, epochs in FEW.items()}
-    found |= {f"noise{share}": f"--label-noise {share} --n-candidates 16 "
-              "--methods 'po preference 0.3, dpo'" for share in NOISE}
-    # The mended loss, its controls, and a base whose mode is not good: README's main table.
-    mended = [*product(["good"], ["helpful", "harmless"], (0, 1)), ("idle", "helpful", 0)]
-    for base, task, h in mended:
-        optimised = "po init-sft 0.3, po floored 0.3, " if (base, h) == ("good", 0) else ""
-        found[f"{base}-{task}-h{h}"] = (
-            f"--task {task} --base {base} --heterogeneity {h} --n-candidates 32 "
-            f"--methods '{optimised}{SHARPENED}'")
     return found
 
 
-def run(group):
+def teacher(group):
+    """The group whose runs train the pi_0 that a group starts from; itself, if it trains its own.
+
+    pi_0 depends on base, task and seed alone: it never sees a demonstration.
+    """
+    base = re.match("(good|idle)-(helpful|harmless)", group)
+    return group if group == "small" else f"{base[0] if base else 'good-helpful'}-h0"
+
+
+def run(group, seed):
     """One run on one thread; what it prints goes to its log. Returns whether it ended well."""
-    out, start = RUNS / group, time.perf_counter()
-    words = [*shlex.split(groups()[group]), "--seeds", "5", "--out", os.path.relpath(out, ROOT),
-             "--resume"]
+    out, start, source = RUNS / f"{group}-s{seed}", time.perf_counter(), teacher(group)
+    words = [*shlex.split(groups()[group]), "--seed", str(seed)]
+    if source != group:
+        init = RUNS / f"{source}-s{seed}" / f"seed{seed}" / "init"
+        words += ["--init", os.path.relpath(init, ROOT)]
+    words += ["--out", os.path.relpath(out, ROOT), "--resume"]
     if (out / "config.json").exists():
         before = json.loads((out / "config.json").read_text(encoding="utf-8"))["command"]
         if before.replace("'", "") != " ".join(["python afd.py", *words]):
             shutil.rmtree(out)          # a run of other settings
+    return start_one(out, start, ["afd.py", *words])
+
+
+def start_one(out, start, words):
+    """Run a script of this project on one thread, with its prints in out.log."""
     RUNS.mkdir(parents=True, exist_ok=True)
-    with open(RUNS / f"{group}.log", "w") as log:
-        status = subprocess.run([sys.executable, "afd.py", *words], cwd=ROOT, stdout=log,
+    with open(f"{out}.log", "w") as log:
+        status = subprocess.run([sys.executable, *words], cwd=ROOT, stdout=log,
                                 stderr=subprocess.STDOUT,
                                 env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode
     outcome = f"failed with status {status}, see {log.name}" if status else "done"
-    print(f"{group}: {outcome}, {time.perf_counter() - start:.0f} s", flush=True)
+    print(f"{out.name}: {outcome}, {time.perf_counter() - start:.0f} s", flush=True)
     return status == 0
+
+
+def sweep(group, seed):
+    """The sweeps that go on from a run, unless they are there already."""
+    file = RUNS / "sweeps" / f"{group}-s{seed}"
+    if Path(f"{file}.json").exists():
+        return True
+    file.parent.mkdir(parents=True, exist_ok=True)
+    return start_one(file, time.perf_counter(), ["docs/sweeps.py", group, str(seed)])
+
+
+def run_all():
+    """All runs and sweeps, two at a time: first those that others take their models from."""
+    base = [group for group in groups() if teacher(group) == group]
+    marked = [group for group in groups() if re.match("(good|idle).*-h1", group)]
+    rest = [group for group in groups() if group not in base + marked]
+    swept = [group for group in base + marked if group != "small"]
+    phases = ([(run, base)], [(run, marked)], [(sweep, swept), (run, rest)])
+    with ThreadPoolExecutor(2) as pool:
+        for phase in phases:
+            jobs = [(job, group, seed) for job, names in phase for group in names
+                    for seed in SEEDS]
+            if not all(list(pool.map(lambda j: j[0](*j[1:]), jobs))):
+                sys.exit("some runs failed; `make results` tries them again")
 
 
 # ---- collecting ---------------------------------------------------------------------------------
 
 def collect():
     """Write docs/results.json: rows, curves and reward models of all groups, each record with its
-    group. A group is left out until all of its seeds are there."""
+    group, and the rows of the sweeps. A group is left out until all of its seeds are there."""
     data = {"runs": {}, "rows": [], "best_of_n": [], "reward_models": [], "curves": []}
     for group in groups():
-        path = RUNS / group / "results.json"
-        results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"rows": []}
-        if len({row["seed"] for row in results["rows"]}) < 5:
+        files = [RUNS / f"{group}-s{seed}" / "results.json" for seed in SEEDS]
+        swept = [RUNS / "sweeps" / f"{group}-s{seed}.json" for seed in SEEDS]
+        if not all(file.exists() for file in files):
             print(f"{group} is left out: not all of its seeds are there")
             continue
-        data["runs"][group] = {key: results[key] for key in ("command", "versions", "seconds")}
-        for kind in ("rows", "best_of_n", "reward_models"):
-            data[kind] += [{"group": group, **short(record)} for record in results[kind]]
-        for seed, curves in results["curves"].items():
-            for method, history in curves.items():
+        for seed, file in zip(SEEDS, files):
+            results = json.loads(file.read_text(encoding="utf-8"))
+            run = data["runs"].setdefault(group, {key: results[key]
+                                                  for key in ("command", "versions")})
+            run.setdefault("seconds", {})[seed] = round(sum(results["seconds"][str(seed)].values()))
+            for kind in ("rows", "best_of_n", "reward_models"):
+                data[kind] += [{"group": group, **short(record)} for record in results[kind]]
+            for method, history in results["curves"][str(seed)].items():
                 if history and "proxy" in history[0]:       # a policy that was optimised
-                    head = {"group": group, "seed": int(seed), "name": row_name(method)}
+                    head = {"group": group, "seed": seed, "name": row_name(method)}
                     data["curves"] += [{**head, **point} for point in thinned(history)]
+        if all(file.exists() for file in swept):
+            data["rows"] += [short(row) for file in swept
+                             for row in json.loads(file.read_text(encoding="utf-8"))]
     if not data["runs"]:
         sys.exit(f"error: {RUNS} has no group with all seeds; {COLLECTED} is left as it was")
     write_json(COLLECTED, data, indent=None)
@@ -143,7 +184,8 @@ def thinned(history, steps=10):
 
 # ---- tables -------------------------------------------------------------------------------------
 
-NATS = ("kl", "reverse_kl", "forward_kl", "entropy")
+FORMS = {"share": "{:.0%}", "held_out": "{:.4f}",       # of a column; all else has two digits
+         **dict.fromkeys(("kl", "reverse_kl", "entropy"), "{:.1f}")}
 NUMBER = r"-?[\d.]+%? ± [\d.]*\d%?"
 
 
@@ -176,7 +218,7 @@ def cell(data, line, key):
         numbers = list(values(data, group, line, column).values())
     if not numbers:
         return "–"
-    form = "{:.0%}" if column == "share" else "{:.1f}" if column in NATS else "{:.2f}"
+    form = FORMS.get(column, "{:.2f}")
     return " ± ".join(form.format(x) for x in mean_ci(numbers)[:1 + len(interval)])
 
 
@@ -231,69 +273,136 @@ def outdated(texts, data):
 
 # ---- figures ------------------------------------------------------------------------------------
 
-def draw_frontier(data, group, path):
-    """Golden (left) and proxy reward (right) against KL from pi_SFT, nats, means over seeds."""
-    mine = {kind: [r for r in data[kind] if r["group"] == group]
-            for kind in ("rows", "best_of_n", "curves")}
-    names = dict.fromkeys(point["reward_model"] for point in mine["best_of_n"])
-    figure, axes = pyplot().subplots(1, 2, figsize=(10, 4.2))
-    for axis, column in zip(axes, ("golden", "proxy")):
-        for name in names:
-            if name in ("random", "length") or (name, column) == ("golden", "proxy"):
-                continue
-            for style, label, place, records in series(mine, name):
-                by_place = grouped(sorted(records, key=lambda r: r[place]), place).values()
-                x, y = ([np.mean([r[key] for r in seeds]) for seeds in by_place]
-                        for key in ("kl", column))
-                if x:
-                    axis.plot(x, y, style, color=COLORS[name], label=label,
-                              markersize=3 if style == "o-" else 7)
-        axis.set(xscale="log", xlabel="KL from pi_SFT, nats", xlim=(0.1, None))
-    demo = np.mean([*values(data, group, "demonstrations").values()])
-    axes[0].axhline(demo, color="#555555", linewidth=1, linestyle=":", label="demonstrations")
-    axes[0].set(title=TRUTH, ylim=(-1.5, None))
-    axes[1].set(title="proxy reward, nats", yscale="symlog")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=7)
+STYLES = {"init-sft": "o-", "init-demo": "s--", "sft-demo": "v:", "floored": "D-", "golden": "-",
+          "log-ratio": "x--", "likelihood per token": "^-.", "preference": "P:"}
+
+
+def over_seeds(records, place, column):
+    """Means over seeds: x (place) and y (column) of the points of a line, by "place" in order."""
+    by_place = grouped(sorted(records, key=lambda r: r[place]), place).values()
+    return [[np.mean([r[key] for r in seeds]) for seeds in by_place] for key in ("kl", column)]
+
+
+def draw_frontier(data, worlds, path):
+    """Golden reward against KL from pi_SFT, nats, means over seeds: best-of-N beside policies.
+
+    worlds: {group: title}, a row each.
+    """
+    figure, axes = pyplot().subplots(len(worlds), 2, figsize=(10, 3.6 * len(worlds)), sharex=True,
+                                     sharey="row", squeeze=False)
+    for (group, title), (left, right) in zip(worlds.items(), axes):
+        rows, points, curves = ([r for r in data[kind] if r["group"] == group]
+                                for kind in ("rows", "best_of_n", "curves"))
+        for name in ("golden", "floored", "likelihood per token", "init-sft", "log-ratio"):
+            mine = [p for p in points if p["reward_model"] == name and p["n"] > 1]
+            left.plot(*over_seeds(mine, "n", "golden"), STYLES[name], color=COLORS[name],
+                      markersize=4, label=name)
+        for label, form, style, color in (
+                ("temperature", "temperature, ", "^-.", COLORS["likelihood per token"]),
+                ("closed form, floored", "closed form, floored", "*", COLORS["floored"])):
+            mine = [r for r in rows if r["name"].startswith(form)]
+            right.plot(*over_seeds(mine, "name", "golden"), style, color=color, label=label,
+                       markersize=10 if style == "*" else 5)
+        for name in ("floored", "init-sft"):
+            end = f"policy optimisation, {name} 0.3"
+            # Along the steps samples are of training prompts; the end is of held-out prompts.
+            right.plot(*over_seeds([c for c in curves if c["name"] == end], "step", "golden"),
+                       "-", color=COLORS[name], label=f"optimised, {name}")
+            right.plot(*over_seeds([r for r in rows if r["name"] == end], "name", "golden"), "X",
+                       color=COLORS[name], markersize=8)
+        demo = np.mean([*values(data, group, "demonstrations").values()])
+        for axis, family in ((left, "best-of-N"), (right, "policies, one sample each")):
+            axis.axhline(demo, color="#555555", linewidth=1, linestyle=":", label="demonstrations")
+            axis.set(xscale="log", xlim=(0.1, 5), title=f"{title}: {family}")
+        left.set_ylabel(TRUTH)
+    for axis in axes[-1]:
+        axis.set_xlabel("KL from pi_SFT, nats")
+    for axis, row in zip(axes[0], ("upper right", "lower right")):
+        figure.legend(*axis.get_legend_handles_labels(), loc=f"outside right {row.split()[0]}",
+                      title="left panels" if row.startswith("upper") else "right panels")
     return save_figure(figure, path)
-
-
-def series(mine, name):
-    """One reward model's series: (style, label, key that tells their points apart, records)."""
-    optimised, closed = f"policy optimisation, {name} ", f"closed form, {name} "
-    return (    # At n = 1 the KL is 0, which a log axis lacks.
-        ("o-", f"best-of-N, {name}", "n",
-         [p for p in mine["best_of_n"] if p["reward_model"] == name and p["n"] > 1]),
-        # Along the steps samples are of training prompts; all else is of held-out prompts.
-        ("--", f"optimised, {name}", "step",
-         [c for c in mine["curves"] if c["name"] == optimised + "0.3"]),
-        ("x", None, "name", [r for r in mine["rows"] if r["name"].startswith(optimised)]),
-        ("*", f"closed form, {name}", "name",
-         [r for r in mine["rows"] if r["name"].startswith(closed)]))
 
 
 def draw_heterogeneity(data, path):
     """Share of the golden selector's gain against heterogeneity, one panel a task."""
     figure, axes = pyplot().subplots(1, 2, figsize=(9.5, 3.8), sharey=True)
     for axis, task in zip(axes, ("helpful", "harmless")):
-        for name in ("init-sft", "init-demo", "sft-demo", "preference", "log-ratio", "floored"):
-            shares = [values(data, f"{task}-h{h}", f"best of 16, {name}", "share") for h in LEVELS]
-            mean, half = 100 * np.array([mean_ci([*share.values()]) for share in shares]).T
-            axis.errorbar([float(h) for h in LEVELS], mean, half, marker="o", markersize=3,
-                          capsize=2, color=COLORS[name], label=name)
-        axis.axhline(0, color="black", linewidth=0.8)
-        axis.set(title=task, xlabel="heterogeneity: chance of a mark in a demonstrator's clause")
-    axes[0].set_ylabel("golden gain of best-of-16 over pi_SFT,\n% of the golden selector's")
+        for name in ("floored", "likelihood per token", "init-sft", "init-demo", "sft-demo"):
+            mine = [values(data, f"good-{task}-h{h}", f"best of 16, {name}", "share")
+                    for h in LEVELS]
+            draw_shares(axis, name, [float(h) for h in LEVELS], mine)
+        axis.set(title=task, xlabel="heterogeneity: chance of a mark in a demonstrator's clause",
+                 xticks=[float(h) for h in LEVELS])
+    axes[0].set_ylabel("golden gain of best of 16 over pi_SFT,\n% of the golden selector's")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
+    return save_figure(figure, path)
+
+
+def draw_shares(axis, name, x, shares):
+    """A line of shares, percent, with 95% intervals over seeds; shares: {seed: share} for each x."""
+    mean, half = 100 * np.array([mean_ci([*share.values()]) for share in shares]).T
+    axis.errorbar(x, mean, half, fmt=STYLES[name], markersize=4, capsize=2, color=COLORS[name],
+                  label=name)
+    axis.axhline(0, color="black", linewidth=0.8)
+
+
+def draw_quality(data, path):
+    """Share of the golden selector's gain against how well pi_SFT is trained, marks apart."""
+    parts = {"helpful": ("helpful", ""), "harmless, benign prompts": ("harmless", "-benign"),
+             "harmless, harmful prompts": ("harmless", "-harmful")}
+    figure, axes = pyplot().subplots(2, 3, figsize=(11, 6.4), sharex="col", sharey="row")
+    for row, h in zip(axes, "01"):
+        for axis, (title, (task, part)) in zip(row, parts.items()):
+            groups = [f"good-{task}-h{h}-sft-{lr}x{epochs}" for lr, epochs in SCHEDULES]
+            x = [np.mean([*values(data, group, "pi_SFT", "forward_kl").values()])
+                 for group in groups]
+            for name in ("floored", "likelihood per token", "init-sft", "init-demo", "sft-demo"):
+                draw_shares(axis, name, x, [values(data, group + part, f"best of 16, {name}",
+                                                   "share") for group in groups])
+            axis.set(title=f"{title}, h = {h}")
+            axis.invert_xaxis()
+    for axis in axes[1]:
+        axis.set_xlabel("forward KL of pi_SFT, nats (better to the right)")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("golden gain of best of 16,\n% of the golden selector's")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
+    return save_figure(figure, path)
+
+
+def draw_floors(data, path):
+    """Golden reward of best of 16 and of the closed form against the floor under pi_0."""
+    worlds = {f"{base}-{task}-h0": (f"{base} base, {task}", color, style)
+              for base, style in (("good", "o-"), ("idle", "s--"))
+              for task, color in (("helpful", COLORS["init-sft"]), ("harmless", COLORS["sft-demo"]))}
+    figure, axes = pyplot().subplots(1, 2, figsize=(10, 3.8))
+    for axis, form in zip(axes, ("best of 16, floor", "closed form, floor")):
+        for group, (label, color, style) in worlds.items():
+            columns = [[*values(data, f"{group}-floors", f"{form} {alpha}").values()]
+                       for alpha in ALPHAS]
+            mean, half = np.array([mean_ci(column) for column in columns]).T
+            axis.errorbar(range(len(ALPHAS)), mean, half, fmt=style, markersize=4, capsize=2,
+                          color=color, label=label)
+        axis.set(xticks=range(len(ALPHAS)), xticklabels=ALPHAS, xlabel="floor alpha")
+    axes[0].set(title="best of 16 by the floored log-ratio", ylabel=TRUTH)
+    axes[1].set(title="closed form, beta 0.3")
+    for axis in axes:
+        axis.annotate("log-ratio", (0, axis.get_ylim()[0]), fontsize=8, va="bottom", ha="center")
+        axis.annotate("sharpening", (5, axis.get_ylim()[0]), fontsize=8, va="bottom", ha="center")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
     return save_figure(figure, path)
 
 
 def figures(data, folder):
-    for group in ("helpful-h0", "helpful-h1"):
+    for group in ("good-helpful-h0", "good-helpful-h1", "idle-helpful-h0"):
         curve = [p for p in data["best_of_n"] if p["group"] == group]
         demo = np.mean([*values(data, group, "demonstrations").values()])
-        draw_best_of_n(curve, demo, folder / f"best_of_n_h{group[-1]}.png")
-        draw_frontier(data, group, folder / f"frontier_h{group[-1]}.png")
+        base, _, h = group.split("-")
+        draw_best_of_n(curve, demo, folder / f"best_of_n_{'idle' if base == 'idle' else h}.png")
+    draw_frontier(data, {"good-helpful-h0": "good base", "idle-helpful-h0": "idle base"},
+                  folder / "frontier.png")
     draw_heterogeneity(data, folder / "heterogeneity_sweep.png")
+    draw_quality(data, folder / "sft_quality.png")
+    draw_floors(data, folder / "floors.png")
 
 
 # ---- main ---------------------------------------------------------------------------------------
@@ -305,9 +414,7 @@ def main():
     if words not in ([], ["collect"], ["pages"], ["check"]):
         sys.exit("error: " + " ".join(words) + ": say collect, pages, check or nothing")
     if not words:
-        with ThreadPoolExecutor(2) as pool:
-            if not all(list(pool.map(run, groups()))):
-                sys.exit("some runs failed; `make results` tries them again")
+        run_all()
     if words in ([], ["collect"]):
         collect()
     data = json.loads(COLLECTED.read_text(encoding="utf-8"))

@@ -152,41 +152,67 @@ def test_pages_are_made_without_a_run(monkeypatch, tmp_path):
 
 
 def test_every_run_of_the_results_is_a_command_with_five_seeds():
-    """`make results` must not fail an hour in, at a flag that afd.py refuses; and no group of the
-    committed results is one that it does not run."""
-    for flags in results.groups().values():
+    """`make results` must not fail an hour in, at a flag that afd.py refuses; a pi_0 that a run
+    starts from is one that an earlier run trains; and no group of the committed results is one that
+    it does not run."""
+    groups = results.groups()
+    for group, flags in groups.items():
         afd.check(parse_settings(afd.Settings, shlex.split(flags)))
+        first = results.teacher(group)
+        assert results.teacher(first) == first in groups
     seeds = {}
     for row in DATA["rows"]:
         seeds.setdefault(row["group"], set()).add(row["seed"])
-    assert set(seeds) == set(results.groups())
-    assert all(len(mine) == 5 for mine in seeds.values())
+    assert set(groups) <= set(seeds)
+    assert all(any(group.startswith((name, "exact-")) for name in groups) for group in seeds)
+    assert all(mine == set(results.SEEDS) for mine in seeds.values())
+
+
+def test_a_run_starts_from_the_pi_0_of_its_own_base_task_and_seed(monkeypatch, tmp_path):
+    """The command of a run with marks: no pi_0 of another language may slip in."""
+    calls = []
+    monkeypatch.setattr(results, "RUNS", results.ROOT / "out" / "results")
+    monkeypatch.setattr(results, "start_one", lambda *args: calls.append(args[-1]))
+    results.run("idle-harmless-h1", 3)
+    words = calls[0]
+    flags = parse_settings(afd.Settings, words[1:])
+    assert flags.init == "out/results/idle-harmless-h0-s3/seed3/init"
+    assert (flags.base, flags.task, flags.heterogeneity, flags.seed) == ("idle", "harmless", 1, 3)
+    results.run("good-helpful-h0", 0)
+    assert "--init" not in calls[1]
 
 
 def test_collecting_takes_finished_groups_alone(monkeypatch, tmp_path, capsys):
     """Five seeds of one group, two of another: the first is collected, the second named."""
     first, second, *_ = results.groups()
     for group, n in ((first, 5), (second, 2)):
-        run = {"command": "c", "versions": {}, "seconds": {}, "best_of_n": [], "reward_models": [],
-               "rows": [{"seed": seed, "name": "pi_SFT", "golden": 1 / 3} for seed in range(n)],
-               "curves": {"0": {"po init-sft 0.3": [
-                   {"step": step, "proxy": 1.0, "kl": 0.0, "entropy": 2.0, "golden": step,
-                    "length": 3} for step in range(20)], "dpo": [{"step": 0, "loss": 1.0}]}}}
-        (tmp_path / group).mkdir()
-        (tmp_path / group / "results.json").write_text(json.dumps(run))
+        for seed in range(n):
+            run = {"command": "c", "versions": {}, "seconds": {str(seed): {"a": 1.0, "b": 2.2}},
+                   "best_of_n": [], "reward_models": [],
+                   "rows": [{"seed": seed, "name": "pi_SFT", "golden": 1 / 3}],
+                   "curves": {str(seed): {"po init-sft 0.3": [
+                       {"step": step, "proxy": 1.0, "kl": 0.0, "entropy": 2.0, "golden": step,
+                        "length": 3} for step in range(20)], "dpo": [{"step": 0, "loss": 1.0}]}}}
+            (tmp_path / f"{group}-s{seed}").mkdir()
+            (tmp_path / f"{group}-s{seed}" / "results.json").write_text(json.dumps(run))
+            (tmp_path / "sweeps").mkdir(exist_ok=True)
+            row = {"group": f"{group}-floors", "seed": seed, "name": "pi_SFT", "golden": 2 / 3}
+            (tmp_path / "sweeps" / f"{group}-s{seed}.json").write_text(json.dumps([row]))
     monkeypatch.setattr(results, "RUNS", tmp_path)
     monkeypatch.setattr(results, "COLLECTED", tmp_path / "results.json")
     results.collect()
     data = json.loads((tmp_path / "results.json").read_text())
     assert set(data["runs"]) == {first} and f"{second} is left out" in capsys.readouterr().out
-    assert len(data["rows"]) == 5 and data["rows"][0]["golden"] == 0.33333
-    assert [(c["name"], c["golden"]) for c in data["curves"]] == [
+    assert data["runs"][first]["seconds"] == {str(seed): 3 for seed in range(5)}
+    assert [(row["group"], row["golden"]) for row in data["rows"]] == (
+        5 * [(first, 0.33333)] + 5 * [(f"{first}-floors", 0.66667)])
+    assert [(c["name"], c["golden"]) for c in data["curves"]] == 5 * [
         ("policy optimisation, init-sft 0.3", 4.5), ("policy optimisation, init-sft 0.3", 14.5)]
 
 
 def test_figures_are_drawn(tmp_path):
     results.figures(DATA, tmp_path)
-    names = {"best_of_n_h0.png", "best_of_n_h1.png", "frontier_h0.png", "frontier_h1.png",
-             "heterogeneity_sweep.png"}
+    names = {"best_of_n_h0.png", "best_of_n_h1.png", "best_of_n_idle.png", "frontier.png",
+             "heterogeneity_sweep.png", "sft_quality.png", "floors.png"}
     assert {path.name for path in tmp_path.iterdir()} == names
     assert names <= {path.name for path in (ROOT / "docs" / "figures").iterdir()}
