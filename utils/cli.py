@@ -171,4 +171,14 @@ def write_json(path, value, indent=1):
 
 def load_json(path):
     """The value of a JSON file; None if there is no such file."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if not path.is_file():
+        return None
+    refuse_pointer(path)
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def refuse_pointer(path):
+    """Raise InputError for a git-lfs pointer: the few lines that stand for a file not fetched."""
+    with open(path, "rb") as file:
+        require(not file.read(24).startswith(b"version https://git-lfs."),
+                f"{path}: a git-lfs pointer, not the file itself; fetch it with `git lfs pull`")
