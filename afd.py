@@ -129,7 +129,7 @@ def run(s, world, stages):
         gold_model = stages.load("gold_model", RewardModel) or stages.save(
             "gold_model", *train.train_reward(RewardModel(init), *train.split(items, rng),
                                               bradley_terry_loss, config(REWARD), rng))
-        world.golden, world.golden_note = golden_from_model(gold_model, world)
+        world.golden, world.golden_ids, world.golden_note = golden_from_model(gold_model, world)
 
     # 2  pi_SFT: maximum likelihood on the demonstrations minimises KL(demonstrator || pi)
     stages.begin(f"2 pi_SFT: forward KL to {plural(len(demos), 'demonstrations')}")

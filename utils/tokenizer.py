@@ -118,7 +118,8 @@ class Tokenizer:
                 backend = byte_level(tokenizers.models.BPE.from_file(str(file), str(merges)))
             config = {key: value for name in ("special_tokens_map.json", "tokenizer_config.json")
                       for key, value in (load_json(folder / name) or {}).items()}
-            named = {role: token_text(config.get(f"{role}_token")) for role in ("eos", "pad", "unk")}
+            eos, pad, unk = (token_text(config.get(f"{role}_token"))
+                             for role in ("eos", "pad", "unk"))
             add_tokens(backend, config, load_json(folder / "added_tokens.json") or {})
             pre = backend.pre_tokenizer
             if config.get("add_prefix_space") or pre and pre.pre_tokenize_str("a")[0][0] != "a":
@@ -126,8 +127,7 @@ class Tokenizer:
                 raise ValueError("add_prefix_space is not computed here")
             special = backend.get_added_tokens_decoder()
             ends = [special[i].content for i in end_ids(folder) if i in special]
-            return cls(backend, ends[0] if ends else named["eos"] or EOS,
-                       named["pad"] or PAD, named["unk"] or UNK)
+            return cls(backend, ends[0] if ends else eos or EOS, pad or PAD, unk or UNK)
 
     def save_pretrained(self, folder):
         """Write tokenizer.json and tokenizer_config.json, with which AutoTokenizer gives the same
