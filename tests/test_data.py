@@ -234,12 +234,12 @@ def test_an_end_spelled_out_and_few_prompts_get_a_note(tmp_path):
     seen = [set(world_of(path, *rows, seed=seed, n_prompts=200).notes) for seed in range(3)]
     assert any(re.match("[12] demonstrations? with an end of text spelled", note)
                for notes in seen for note in notes)
-    assert all("only 6 prompts held out: below 50 means say little" in notes for notes in seen)
+    assert all("6 prompts held out: few, below 50 means say little" in notes for notes in seen)
     said = described(path)
     assert "2  answers with an end of text spelled out" in said
-    assert "30  distinct prompts, 6 of them held out" in said and "only 6 prompts held out" in said
+    assert "30  distinct prompts\n        6  held out: few, below 50 means say little" in said
     many = write(path, *({"prompt": f"ask {i}", "response": "so"} for i in range(250)))
-    assert "only" not in described(many) and "50 of them held out" in described(many)
+    assert "   50  held out\n" in described(many)
 
 
 def test_long_words_get_a_note(tmp_path):
@@ -254,8 +254,8 @@ def test_a_corpus_and_prompts_are_described_too(tmp_path):
     path = write(tmp_path / "d.jsonl", GOOD, {**GOOD, "prompt": "who?"})
     corpus = write(tmp_path / "c.ndjson", {"text": "who?\nnobody"}, {"text": "x"})
     said = described(path, corpus=str(corpus), prompts=str(path))
-    assert f"{corpus}: 2 documents; each should look like" in said
-    assert repr("who?\nnobody") in said and f"{path}: 2 prompts" in said
+    assert "a document of --corpus should look like these two in one" in said
+    assert f"{corpus}: 2 documents, the first 'who?\\nnobody'\n{path}: 2 prompts" in said
 
 
 def test_dialogues_that_teach_nothing_are_left_out(tmp_path):
@@ -460,14 +460,15 @@ def test_a_dry_run_says_what_was_understood(tmp_path):
     assert f"{tmp_path}/a.jsonl: 4 records, 3 of use" in said
     assert re.findall(r"^ +(\d+)  (\w.*)$", said, re.M) == [
         ("2", "prompt/response"), ("2", "chosen/rejected"), ("1", "left out: an empty last turn"),
-        ("3", "distinct prompts, 1 of them held out")]
+        ("3", "distinct prompts"), ("1", "held out: few, below 50 means say little")]
     table = r"^ +(\w+)  median (\d+), longest (\d+), cut to (\d+): (\d)$"
     assert re.findall(table, said, re.M) == [
         ("prompt", "21", "46", "21", "1"), ("response", "6", "9", "8", "1"),
         ("rejected", "4", "4", "8", "0")]
-    assert said.endswith("  no loss  'why\\x1b?\\n'\n     loss  'é[1]<|endoftext|>'")
+    corpus = "\na document of --corpus should look like these two in one, prompt and answer"
+    assert said.endswith("  no loss  'why\\x1b?\\n'\n     loss  'é[1]<|endoftext|>'" + corpus)
     said = described(write(tmp_path / "b.jsonl", rows[1]), 258, max_prompt=21, max_response=8)
-    assert said.endswith(f"     loss  '{'y' * 8}'")         # cut here: no EOS
+    assert said.endswith(f"     loss  '{'y' * 8}'" + corpus)        # cut here: no EOS
 
 
 def test_a_dry_run_with_a_checkpoint_and_of_bad_files(tmp_path):

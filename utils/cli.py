@@ -89,7 +89,8 @@ def run_script(main):
     is 141 without a word, as in a shell."""
     for stream in (sys.stdout, sys.stderr):
         # A console may lack a character: that must not end a run after its training.
-        stream.reconfigure(errors="replace")
+        if hasattr(stream, "reconfigure"):      # a notebook's has none
+            stream.reconfigure(errors="replace")
     try:
         main()
         print(end="", flush=True)

@@ -521,7 +521,8 @@ def make_notes(world, s, notes):
              (count_ends((y for _, y in world.demos), world.tokenizer), "demonstrations", SPELLED)]
     lines = [f"{plural(n, things)} {what}" for n, things, what in notes if n]
     n_held_out = len(world.test_prompts)
-    return lines + [few_prompts(n_held_out)] * (n_held_out < min(FEW_PROMPTS, s.n_prompts))
+    warning = few_prompts(n_held_out, s)
+    return lines + ([f"{plural(n_held_out, 'prompts')} held out{warning}"] if warning else [])
 
 
 SPELLED = "with an end of text spelled out: it is learned as text, so take it out"
@@ -533,9 +534,10 @@ def count_ends(answers, tokenizer):
     return sum(bool(eos in y or ENDS.search(y)) for y in answers)
 
 
-def few_prompts(n):
-    """The warning that stands wherever means over n held-out prompts would be too few."""
-    return f"only {plural(n, 'prompts')} held out: below {FEW_PROMPTS} means say little"
+def few_prompts(n, s):
+    """The warning where n held-out prompts are few, and no fewer were asked for."""
+    few = n < min(FEW_PROMPTS, s.n_prompts)
+    return f": few, below {FEW_PROMPTS} means say little" if few else ""
 
 
 def load_golden(spec):
@@ -580,8 +582,8 @@ def describe(path, s):
              *(f"{n:>9,}  {form}" for form, n in forms.items()),
              *(f"{n:>9,}  left out: {why}" for why, n in left_out.items()),
              *(f"{n:>9,}  {what}" for n, what in notes if n),
-             f"{n_prompts:>9,}  distinct prompts, {n_held_out:,} of them held out",
-             *[few_prompts(n_held_out)] * (n_held_out < min(FEW_PROMPTS, s.n_prompts)),
+             f"{n_prompts:>9,}  distinct prompts",
+             f"{n_held_out:>9,}  held out" + few_prompts(n_held_out, s),
              f"in tokens ({len(tokenizer):,} kinds, {s.init or 'a BPE of it'}), with EOS:"]
     limits = {"prompt": s.max_prompt, "response": s.max_response, "rejected": s.max_response}
     for part, limit in limits.items():
@@ -597,10 +599,10 @@ def describe(path, s):
     for name, mask in (("no loss", ~batch.response_mask()), ("loss", batch.response_mask())):
         text = tokenizer.backend.decode(batch.tokens[mask].tolist(), skip_special_tokens=False)
         lines.append(f"{name:>9}  {text!r}")
+    lines.append("a document of --corpus should look like these two in one, prompt and answer")
     if s.corpus:
         documents = read_texts(s.corpus)
-        lines.append(f"{s.corpus}: {plural(len(documents), 'documents')}; each should look like "
-                     f"the line above and this one together. Its first:\n{'':11}"
+        lines.append(f"{s.corpus}: {plural(len(documents), 'documents')}, the first "
                      f"{documents[0][:200]!r}")
     if s.prompts:
         lines.append(f"{s.prompts}: {plural(len(read_prompts(s.prompts)), 'prompts')}")
