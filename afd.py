@@ -160,7 +160,7 @@ def run(s, world, stages):
     #    fine-tuning changed, and that direction is the reward. Where demonstrations are the
     #    positives, the discriminator may learn who wrote instead of how well.
     rng = stages.rng("rewards")
-    labelled = world.preference_pairs(prompts, from_sft, s.label_noise, stages.rng("labels"))
+    labelled = world.preference_pairs(from_sft, s.label_noise, stages.rng("labels"))
     data = {"init-sft": train.split(list(zip(from_sft, from_init)), rng),
             "init-demo": train.pair_up(demos, from_init, rng),
             "sft-demo": train.pair_up(demos, from_sft, rng),

@@ -578,13 +578,13 @@ def test_preference_pairs_are_people_s_or_golden_s(tmp_path):
     samples = [([0], list(y.encode())) for y in ("b", "ab", "a", "a", "aaa", "")]
     world = world_of(tmp_path / "d.jsonl", *paired_rows(20))
     world.text = lambda ids: bytes(ids).decode()
-    of_people = world.preference_pairs(["x"] * 3, samples, 0.0, random.Random(0))
+    of_people = world.preference_pairs(samples, 0.0, random.Random(0))
     assert of_people == [(world.pair(x, a), world.pair(x, b)) for x, a, b in world.preferences]
     world.preferences, world.golden = [], lambda prompt, response: len(response)
-    assert world.preference_pairs(["x"] * 3, samples, 0.0, random.Random(0)) == [
+    assert world.preference_pairs(samples, 0.0, random.Random(0)) == [
         (samples[1], samples[0]), (samples[4], samples[5])]
     world.golden = None
-    assert world.preference_pairs(["x"] * 3, samples, 0.0, random.Random(0)) == []
+    assert world.preference_pairs(samples, 0.0, random.Random(0)) == []
 
 
 def test_label_noise_swaps_its_share(tmp_path):
@@ -595,7 +595,7 @@ def test_label_noise_swaps_its_share(tmp_path):
     samples = [([0], [0] * k) for _ in range(2000) for k in (1, 2)]
 
     def swapped(noise):
-        items = world.preference_pairs(["x"] * 2000, samples, noise, random.Random(0))
+        items = world.preference_pairs(samples, noise, random.Random(0))
         assert len(items) == 2000
         return sum(len(better[1]) < len(worse[1]) for better, worse in items) / len(items)
     assert swapped(0.0) == 0 and swapped(1.0) == 1 and abs(swapped(0.3) - 0.3) < 0.041

@@ -395,11 +395,11 @@ class World:
         return torch.tensor([self.demo_logp(self.text(row[:m]), self.text(row[m:n]))
                              for row, m, n in rows], device=batch.tokens.device)
 
-    def preference_pairs(self, prompts, samples, label_noise, rng):
+    def preference_pairs(self, samples, label_noise, rng):
         """[(preferred, other)]: the pairs that people compared, if there are any, or else of two
         samples to one prompt the one with more golden reward first. A share label_noise is swapped.
 
-        samples: (prompt ids, response ids); samples 2 i and 2 i + 1 answer the text prompts[i].
+        samples: (prompt ids, response ids); samples 2 i and 2 i + 1 answer the same prompt.
         """
         items = [(self.pair(x, chosen), self.pair(x, rejected))
                  for x, chosen, rejected in self.preferences]
