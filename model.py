@@ -106,7 +106,7 @@ class GPT(nn.Module):
         return self.wte.weight.device
 
     def hidden(self, idx, positions=None, caches=None, mask=None):
-        """Hidden states after the last norm, (B, T, D), of idx (B, T). ValueError: T is too long."""
+        """Hidden states after the last norm, (B, T, D), of idx (B, T). ValueError: T too long."""
         if positions is None:
             if idx.shape[1] > self.config.n_positions:
                 raise ValueError(f"{idx.shape[1]} tokens, but {self.config.n_positions} positions")

@@ -300,7 +300,7 @@ def test_added_tokens_have_their_ids(tmp_path):
 
 
 def test_a_space_before_each_text_is_refused(tmp_path):
-    """An answer would get one more space than its demonstration has, in either place of the flag."""
+    """An answer would get one more space than its demonstration has. Both places of the flag."""
     size = gpt2_files(tmp_path)
     theirs((1, 1, 8, size, 16)).save_pretrained(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text('{"add_prefix_space": true}')

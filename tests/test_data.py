@@ -141,7 +141,8 @@ def test_lines_an_array_and_gzip_say_the_same(tmp_path):
     expected = read_examples(write(tmp_path / "a.jsonl", lines))
     assert len(expected[0]) == 3 and expected[1].total() == 3
     for text in (lines.replace("\n", "\n\n \n"), lines.replace("\n", "\r\n"), "\ufeff" + lines,
-                 "\ufeff" + lines.replace("\n", "\n\ufeff"), json.dumps(records), "\ufeff\n" + json.dumps(records, indent=2) + "\n"):
+                 "\ufeff" + lines.replace("\n", "\n\ufeff"), json.dumps(records),
+                 "\ufeff\n" + json.dumps(records, indent=2) + "\n"):
         for name, data in (("b.json", text.encode()), ("b.json.gz", gzip.compress(text.encode()))):
             (tmp_path / name).write_bytes(data)
             assert read_examples(tmp_path / name) == expected
