@@ -130,7 +130,7 @@ def run(s, world, stages, init=None):
         gold_model = stages.load("gold_model", RewardModel) or stages.save(
             "gold_model", *train.train_reward(RewardModel(init), *train.split(items, rng),
                                               bradley_terry_loss, config(REWARD), rng))
-        world.golden, world.golden_note = golden_from_model(gold_model, world)
+        world.golden, world.golden_ids, world.golden_note = golden_from_model(gold_model, world)
 
     # 2  pi_SFT: maximum likelihood on the demonstrations minimises KL(demonstrator || pi)
     stages.begin(f"2 pi_SFT: forward KL to {plural(len(demos), 'demonstrations')}")
@@ -161,7 +161,7 @@ def run(s, world, stages, init=None):
     #    fine-tuning changed, and that direction is the reward. Where demonstrations are the
     #    positives, the discriminator may learn who wrote instead of how well.
     rng = stages.rng("rewards")
-    labelled = world.preference_pairs(prompts, from_sft, s.label_noise, stages.rng("labels"))
+    labelled = world.preference_pairs(from_sft, s.label_noise, stages.rng("labels"))
     data = {"init-sft": train.split(list(zip(from_sft, from_init)), rng),
             "init-demo": train.pair_up(demos, from_init, rng),
             "sft-demo": train.pair_up(demos, from_sft, rng),

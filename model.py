@@ -1,9 +1,8 @@
 """GPT-2's transformer, its sampler and its log-probabilities.
 
 A policy is a language model: pi(a_t|s_t) = softmax(logits_t) with s_t = (prompt, response so far).
-At temperature 1 what is sampled is exactly what is differentiated (in float32): there is no top-k,
-and a token that the policy cannot write (`suppress_tokens`: padding, unknown words) has probability
-zero in both.
+At temperature 1 what is sampled is exactly what is differentiated: there is no top-k, and a token
+that the policy cannot write (`suppress_tokens`: padding, unknown words) has probability 0 in both.
 
 A pair is (prompt ids, response ids), two lists of int; a finished response ends with EOS. A batch
 is padded on the right. Masks come from lengths, never from a token's id, so padding may be any id
@@ -92,8 +91,7 @@ class GPT(nn.Module):
         self.apply(self._init_weights)
 
     def _init_weights(self, module):
-        # GPT-2's 0.02 is for its width of 768; a narrower model needs larger weights.
-        std = 0.02 * math.sqrt(768 / self.config.n_embd)
+        std = 0.02 * math.sqrt(768 / self.config.n_embd)    # GPT-2's at its width of 768
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=std)
         if isinstance(module, nn.Linear):
@@ -108,8 +106,10 @@ class GPT(nn.Module):
         return self.wte.weight.device
 
     def hidden(self, idx, positions=None, caches=None, mask=None):
-        """Hidden states after the last norm, (B, T, D), of token ids idx (B, T)."""
+        """Hidden states after the last norm, (B, T, D), of idx (B, T). ValueError: T too long."""
         if positions is None:
+            if idx.shape[1] > self.config.n_positions:
+                raise ValueError(f"{idx.shape[1]} tokens, but {self.config.n_positions} positions")
             positions = torch.arange(idx.shape[1], device=idx.device)
         x = self.wte(idx) + self.wpe(positions)
         for i, block in enumerate(self.h):
@@ -141,7 +141,6 @@ class GPT(nn.Module):
 
 class KVCache:
     """One layer's keys and values, preallocated: (2, B, H, slots, D/H), the first `used` filled."""
-
     def __init__(self, slots):
         self.slots, self.used, self.kv = slots, 0, None
 
@@ -149,10 +148,9 @@ class KVCache:
         """Add keys and values (2, B, H, T, D/H); returns all of them so far."""
         if self.kv is None:
             self.kv = kv.new_empty(*kv.shape[:3], self.slots, kv.shape[4])
-        end = self.used + kv.shape[3]
-        self.kv[..., self.used:end, :] = kv
-        self.used = end
-        return self.kv[..., :end, :]
+        start, self.used = self.used, self.used + kv.shape[3]
+        self.kv[..., start:self.used, :] = kv
+        return self.kv[..., :self.used, :]
 
     def select(self, rows):
         """Keep these batch rows, in this order; a row may be named more than once."""
@@ -160,6 +158,7 @@ class KVCache:
 
 
 ROWS, CACHE_FLOATS = 1024, 2 ** 29      # samples side by side, floats in their caches, at most
+SMALL_VOCABULARY = 4096     # up to here a float32 draw misses a total probability of at most 2^-12
 
 
 @torch.inference_mode()
@@ -168,9 +167,8 @@ def generate(policy, prompts, n=1, temperature=1.0, max_new_tokens=None, generat
     """n sampled responses to each prompt, each token from softmax(logits / temperature).
 
     prompts: lists of token ids. Returns [prompt][sample], lists of ids. A response ends with the
-    policy's eos_token_id, which is part of it, or after max_new_tokens (None: as many as
-    n_positions leaves to the longest prompt). label: of the progress bar. Raises ValueError if a
-    prompt is empty or a response might outgrow n_positions.
+    policy's eos_token_id, which is part of it, or after max_new_tokens (None: all that n_positions
+    leaves). label: of the progress bar. Raises ValueError for an empty prompt or too few positions.
     """
     config, longest = policy.config, max(map(len, prompts), default=0)
     if max_new_tokens is None:
@@ -194,12 +192,15 @@ def _generate(policy, batch, n, temperature, max_new_tokens, generator):
     """Tokens (B*n, max_new_tokens) and lengths (B*n,) of n samples to each prompt of a batch."""
     eos, device, rows = policy.config.eos_token_id, policy.device, len(batch.tokens) * n
     hidden, caches, mask = _prefill(policy, batch, max_new_tokens, n)
-    position = batch.lengths.repeat_interleave(n)
+    start = batch.lengths.repeat_interleave(n)      # the position of each row's first new token
     tokens = torch.zeros(rows, max_new_tokens, dtype=torch.long, device=device)
     lengths = torch.full((rows,), max_new_tokens, device=device)
     alive = torch.arange(rows, device=device)       # the output row of each row still in the batch
-    # All random numbers are drawn beforehand: no sample depends on which others have ended.
-    uniform = torch.rand(max_new_tokens, rows, generator=generator, device=device)
+    # All are drawn beforehand: no sample depends on which others have ended. In float32 thousands
+    # of a large vocabulary's tokens could never be drawn. MPS has no float64.
+    exact = policy.config.vocab_size > SMALL_VOCABULARY and device.type != "mps"
+    uniform = torch.rand(max_new_tokens, rows, generator=generator, device=device,
+                         dtype=torch.float64 if exact else None)
     for t in range(max_new_tokens):
         drawn = sample_logits(policy.logits(hidden) / temperature, uniform[t, alive])
         tokens[alive, t] = drawn
@@ -211,18 +212,16 @@ def _generate(policy, batch, n, temperature, max_new_tokens, generator):
             break
         if len(running) <= 0.75 * len(alive):
             # Ended rows leave the batch; not at each token, because that copies the caches.
-            alive, drawn, mask, position = (x[running] for x in (alive, drawn, mask, position))
+            alive, drawn, mask, start = (x[running] for x in (alive, drawn, mask, start))
             for cache in caches:
                 cache.select(running)
-        hidden = policy.hidden(drawn[:, None], position[:, None], caches,
+        hidden = policy.hidden(drawn[:, None], start[:, None] + t, caches,
                                mask[..., :caches[0].used + 1])[:, 0]
-        position = position + 1
     return tokens, lengths
 
 
 def _prefill(policy, batch, max_new_tokens, n):
-    """Encode the prompts of a batch once, moved to the right edge: then all rows write the same
-    slot of the cache at each new token.
+    """Encode a batch's prompts once, moved to the right edge: all rows then write the same slots.
 
     Returns, n rows to each prompt, the last hidden states (B*n, D), one cache a layer and what a
     later query adds to its scores, (B*n, 1, 1, slots): -inf at padding, else 0.
@@ -247,8 +246,9 @@ def _prefill(policy, batch, max_new_tokens, n):
 
 def sample_logits(logits, uniform):
     """One token per row, (B,), drawn from softmax(logits), (B, V), by inverting the cumulative sum
-    at uniform (B,) in [0, 1). A token of probability zero is never drawn."""
-    cumulative = logits.softmax(-1).cumsum(-1)
+    at uniform (B,) in [0, 1), in the wider precision. Probability zero is never drawn."""
+    wider = torch.promote_types(logits.dtype, uniform.dtype)
+    cumulative = logits.to(wider).softmax(-1).cumsum(-1)
     # u lies in (0, 1], since 0 would pick a first token of probability zero. The last sum is 1 up
     # to rounding; scaled by it, u never points past the last token.
     u = 1 - uniform[:, None]

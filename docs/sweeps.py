@@ -80,9 +80,8 @@ class Sweep:
 
     def data(self, written, label_noise=0.0):
         """What each reward model is trained and held out on, as in afd.run; written: y ~ pi_SFT."""
-        rng, prompts = self.run.rng("rewards"), [self.world.text(x) for x, _ in written[::2]]
-        labelled = self.world.preference_pairs(prompts, written, label_noise,
-                                               self.run.rng("labels"))
+        rng = self.run.rng("rewards")
+        labelled = self.world.preference_pairs(written, label_noise, self.run.rng("labels"))
         return {"init-sft": train.split(list(zip(written, self.from_init)), rng),
                 "init-demo": train.pair_up(self.demos, self.from_init, rng),
                 "sft-demo": train.pair_up(self.demos, written, rng),

@@ -30,6 +30,11 @@ STRINGS = [*TEXTS, "", " ", "  two  spaces\n\n\tand\ta tab ", "don't we're 3.14"
 SHAPES = [(1, 1, 8, 300, 16), (3, 3, 12, 311, 12), (2, 4, 64, 320, 40), (4, 2, 10, 303, 24)]
 
 
+def textless(vocab_size):
+    """The ids that no text has: padding, and what a vocabulary is padded with beyond BPE's."""
+    return (BPE.pad, *range(len(BPE), vocab_size))
+
+
 @pytest.fixture(autouse=True)
 def quiet():
     transformers.utils.logging.set_verbosity_error()
@@ -104,8 +109,9 @@ def greedy(model, prompt, n, eos):
 def same_greedy(mine, other, shape, eos):
     seen = set()
     for prompt in tokens(shape, 6, seed=2)[:, :4].tolist():
-        out = other.generate(torch.tensor([prompt]), do_sample=False,
-                             max_new_tokens=shape[4] - 4, pad_token_id=0)
+        out = other.generate(torch.tensor([prompt]), do_sample=False, pad_token_id=0,
+                             max_new_tokens=shape[4] - 4,
+                             suppress_tokens=list(mine.config.suppress_tokens) or None)
         assert greedy(mine, prompt, shape[4] - 4, eos) == out[0].tolist()
         seen.add(tuple(out[0, 4:].tolist()))
     assert len(seen) > 1                # the text depends on the prompt
@@ -137,8 +143,9 @@ def test_what_transformers_writes_computes_the_same_here(shape, prefix, file, tm
         (tmp_path / "model.safetensors").unlink()
     mine, tokenizer = load(tmp_path)
     assert mine.config.layer_norm_epsilon == 0.02
-    assert mine.config.suppress_tokens == ()
-    assert same_logits(mine, other, tokens(shape)).all()
+    assert mine.config.suppress_tokens == textless(shape[3])
+    finite = same_logits(mine, other, tokens(shape))
+    assert finite.sum() == finite.numel() * (1 - len(textless(shape[3])) / shape[3])
     same_greedy(mine, other, shape, tokenizer.eos)
 
 
@@ -146,7 +153,7 @@ def test_what_transformers_writes_computes_the_same_here(shape, prefix, file, tm
 def test_what_is_written_here_computes_the_same_in_transformers(shape, tmp_path):
     """A failure means that what is trained here is of no use to anyone else. Greedy text must be
     the same though here suppressed tokens have probability zero at every call."""
-    mine = ours(shape, suppress=BPE.suppress)
+    mine = ours(shape, suppress=textless(shape[3]))
     save(tmp_path, mine, BPE)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
@@ -158,8 +165,8 @@ def test_what_is_written_here_computes_the_same_in_transformers(shape, tmp_path)
     assert other.config.eos_token_id == other.config.bos_token_id == BPE.eos
     assert other.generation_config.pad_token_id == BPE.pad
     finite = same_logits(mine, other, tokens(shape))
-    assert not finite[..., list(BPE.suppress)].any() and finite.sum() == finite.numel() * (
-        1 - len(BPE.suppress) / shape[3])
+    assert not finite[..., list(textless(shape[3]))].any()
+    assert finite.sum() == finite.numel() * (1 - len(textless(shape[3])) / shape[3])
     same_greedy(mine, other, shape, BPE.eos)
     again = GPT.from_pretrained(tmp_path)
     assert torch.equal(again(tokens(shape)), mine(tokens(shape)))
@@ -247,6 +254,67 @@ def test_vocab_json_and_merges_txt_are_gpt2_s_tokenizer(tmp_path):
     assert again.pad_token_id is None and again.eos_token_id == mine.eos
 
 
+def test_ids_without_a_text_are_never_sampled(tmp_path):
+    """A vocabulary that is padded to a round number, padding of the checkpoint's own name, a
+    special token: nobody could read what a policy writes with them."""
+    backend = tokenizers.Tokenizer.from_str(BPE.backend.to_str())
+    backend.add_special_tokens(["[PAD]", "<mask>"])
+    write_theirs(tmp_path, theirs((1, 1, 8, len(BPE) + 40, 16)))
+    backend.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"pad_token": "[PAD]"}))
+    model, tokenizer = load(tmp_path)
+    assert tokenizer.pad == model.config.pad_token_id == len(BPE)
+    with torch.no_grad():       # nothing else is likely: all of it goes to the end
+        model.wte.weight[list(textless(len(BPE) + 40))] *= 100
+    responses = generate(model, [[5, 6]] * 9, 40, generator=torch.Generator().manual_seed(0))
+    written = {i for row in responses for ids in row for i in ids}
+    assert len(written) > 5 and not written & {*textless(len(BPE) + 40)}
+    save(tmp_path / "again", model, tokenizer)
+    assert load(tmp_path / "again")[0].config == model.config
+    assert Tokenizer.from_pretrained(tmp_path / "again").pad == tokenizer.pad
+
+
+def test_added_tokens_have_their_ids(tmp_path):
+    """Against transformers. Else a text with such a token is read as other ids than it was trained
+    on; and where the ids leave a gap, or are another token's, it is refused."""
+    size = gpt2_files(tmp_path)
+    theirs((1, 1, 8, size + 4, 16)).save_pretrained(tmp_path)
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<b>": size + 1, "<tool>": size}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(
+        {"tokenizer_class": "GPT2Tokenizer", "additional_special_tokens": ["<b>"]}))
+    other = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    model, mine = load(tmp_path)
+    ids = mine.encode("the <tool> cat")
+    assert size in ids and ids == other("the <tool> cat")["input_ids"]
+    assert mine.decode(ids) == "the <tool> cat"
+    assert model.config.suppress_tokens == (size + 1, size + 2, size + 3)      # <b> is special
+    (tmp_path / "added_tokens.json").unlink()
+    edit(tmp_path / "tokenizer_config.json", added_tokens_decoder={str(size): {
+        "content": "<tool>", "lstrip": False, "rstrip": False, "single_word": False,
+        "normalized": False, "special": False}})
+    assert Tokenizer.from_pretrained(tmp_path).encode("the <tool> cat") == ids
+    for wrong in ({"<gap>": size + 7}, {"a": size + 1}):
+        (tmp_path / "added_tokens.json").write_text(json.dumps(wrong))
+        with pytest.raises(InputError, match="cannot have the id"):
+            Tokenizer.from_pretrained(tmp_path)
+
+
+def test_a_space_before_each_text_is_refused(tmp_path):
+    """An answer would get one more space than its demonstration has. Both places of the flag."""
+    size = gpt2_files(tmp_path)
+    theirs((1, 1, 8, size, 16)).save_pretrained(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"add_prefix_space": true}')
+    with pytest.raises(InputError, match="add_prefix_space"):
+        load(tmp_path)
+    edit(tmp_path / "tokenizer_config.json", add_prefix_space=False)
+    load(tmp_path)
+    backend = tokenizers.Tokenizer.from_str(BPE.backend.to_str())
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=True)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(InputError, match="add_prefix_space"):
+        load(tmp_path)
+
+
 def test_a_tokenizer_that_pads_cuts_or_adds_is_only_a_tokenizer(tmp_path):
     """Many files on the hub carry a length to cut to and padding for their own training: with them
     texts would be cut without a word."""
@@ -291,6 +359,7 @@ TENSORS = {
         lambda s: s.update({H + "mlp.c_fc.weight": torch.zeros(48, 12)}),
     r"h.0.ln_1.weight is \(\), not \(12,\)":
         lambda s: s.update({H + "ln_1.weight": torch.tensor(1.0)}),
+    "wte.weight is missing": lambda s: s.pop("transformer.wte.weight"),
     "lm_head.weight": lambda s: s.update({"lm_head.weight": 1 + s["transformer.wte.weight"]}),
 }
 
@@ -316,6 +385,13 @@ def test_the_same_computation_under_another_name_is_not_refused(tmp_path):
          tie_word_embeddings=None, n_ctx=None, reorder_and_upcast_attn=True, architectures=None)
     tensors_of(tmp_path, lambda s: s.update(
         {"lm_head.weight": s["transformer.wte.weight"].clone()}))
+    same_logits(GPT.from_pretrained(tmp_path), other, tokens(SHAPES[1]))
+
+
+def test_a_head_alone_is_the_embedding_too(tmp_path):
+    """Of two tied tensors some programs keep the head only: it is the same model."""
+    tensors_of(write_theirs(tmp_path, other := theirs()), lambda s: s.update(
+        {"lm_head.weight": s.pop("transformer.wte.weight")}))
     same_logits(GPT.from_pretrained(tmp_path), other, tokens(SHAPES[1]))
 
 
@@ -378,6 +454,10 @@ DAMAGE = {
                                                  suppress_tokens=[9999]),
     "garbage tokenizer": lambda d: (d / "tokenizer.json").write_text("{}"),
     "binary tokenizer": lambda d: (d / "tokenizer.json").write_bytes(b"\xff\x00"),
+    "vocab_size": lambda d: edit(d / "config.json", vocab_size=9),
+    **{f"{name}: a git-lfs pointer": lambda d, name=name: (d / name).write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 497933648\n")
+       for name in ("model.safetensors", "tokenizer.json", "config.json")},
     "empty tokenizer": lambda d: (d / "tokenizer.json").write_bytes(b""),
 }
 
@@ -392,7 +472,7 @@ def test_damaged_checkpoints_are_one_line_that_names_the_folder(damage, tmp_path
         load(tmp_path / "run")
     message = str(error.value)
     assert message.startswith(str(tmp_path / "run")) and "\n" not in message
-    assert damage in message or not damage.endswith("missing")
+    assert damage in message or not damage.endswith(("missing", "pointer"))
 
 
 class Payload:
@@ -424,7 +504,7 @@ def test_weights_cannot_run_code(write, tmp_path):
 def test_a_reward_model_comes_back(head, tmp_path):
     """A failure means that a trained reward model cannot be used after its run."""
     torch.manual_seed(0)
-    reward = RewardModel(ours(suppress=BPE.suppress), head)
+    reward = RewardModel(ours(suppress=textless(311)), head)
     torch.nn.init.normal_(reward.score.weight)
     torch.nn.init.normal_(reward.score.bias)
     save(tmp_path, reward, BPE)
@@ -489,6 +569,14 @@ def test_the_end_of_a_text_is_the_checkpoint_s_own(tmp_path):
     edit(tmp_path / "a" / "config.json", eos_token_id=end)
     assert Tokenizer.from_pretrained(tmp_path / "a").eos == end
     edit(tmp_path / "a" / "config.json", eos_token_id=50256)        # transformers' default
+    for token in ("<end>", {"content": "<end>"}):       # named by the tokenizer alone
+        edit(tmp_path / "a" / "tokenizer_config.json", eos_token=token)
+        model, tokenizer = load(tmp_path / "a")
+        assert model.config.eos_token_id == tokenizer.eos == end
+    edit(tmp_path / "a" / "tokenizer_config.json", eos_token="<gone>")
+    with pytest.raises(InputError, match="no <gone> token"):
+        load(tmp_path / "a")
+    edit(tmp_path / "a" / "tokenizer_config.json", eos_token=EOS)
     model, tokenizer = load(tmp_path / "a")
     assert model.config.eos_token_id == tokenizer.eos == BPE.eos
     (tmp_path / "a" / "tokenizer.json").unlink()        # without one the model's own is taken

@@ -17,7 +17,7 @@ from utils import data
 from utils.cli import InputError
 from utils.data import (describe, file_world, load_golden, read_examples, read_lines, read_prompts,
                         read_texts)
-from utils.tokenizer import bpe_tokenizer
+from utils.tokenizer import LONG_WORD, bpe_tokenizer, meet
 
 GOOD = {"prompt": "why?", "response": "because"}
 CHOSEN = {"chosen": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: yes",
@@ -71,6 +71,58 @@ FORMS = [
      "prompt/chosen/rejected messages", "\n\nBe kind.\n\nHuman: a\n\nAssistant:", " yes", " no"),
     ({"prompt": "c", "completion": turns("c", "b", "c", "yes")[1:]}, "prompt/completion",
      DIALOGUE.replace("Human: a", "Human: c"), " yes", None),     # it begins with an answer
+    # the forms of other programs
+    ({"conversations": [{"from": "system", "value": "Be kind."}, {"from": "human", "value": "a"},
+                        {"from": "gpt", "value": "yes"}]}, "conversations",
+     "\n\nBe kind.\n\nHuman: a\n\nAssistant:", " yes", None),
+    ({"conversations": [{"from": "human", "value": "a"}],
+      "chosen": {"from": "gpt", "value": "yes"}, "rejected": {"from": "gpt", "value": "no"}},
+     "chosen/rejected", "\n\nHuman: a\n\nAssistant:", " yes", " no"),
+    ({"instruction": "why?", "input": "", "output": "so"}, "instruction/output", "why?\n", "so",
+     None),
+    ({"instruction": "why?", "input": "a b", "output": "so"}, "instruction/output",
+     "why?\na b\n", "so", None),
+    ({"instruction": "why?", "context": "a b", "response": "so"}, "instruction/response",
+     "why?\na b\n", "so", None),
+    ({"instruction": "a", "input": "b", "chosen": "c", "rejected": "d"},
+     "instruction/chosen/rejected", "a\nb\n", "c", "d"),
+    ({"question": "why?", "answer": "so"}, "question/answer", "why?\n", "so", None),
+    ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a"},
+                                                {"type": "text", "text": " b"}]},
+                   {"role": "assistant", "content": [{"type": "text", "text": "so"}]}]},
+     "messages", "\n\nHuman: a b\n\nAssistant:", " so", None),
+    # a prompt that only the two answers tell
+    ({"chosen": "The lid is blue.", "rejected": "The lid is black."}, "chosen/rejected",
+     "The lid is", " blue.", " black."),
+    ({"chosen": "why?\nyes", "rejected": "why?\nyesterday"}, "chosen/rejected", "why?\n", "yes",
+     "yesterday"),
+    # what the human says last
+    ({"chosen": DIALOGUE + " yes\n\nHuman: thanks", "rejected": DIALOGUE + " no\n\nHuman: oh"},
+     "chosen/rejected", DIALOGUE, " yes", " no"),
+    ({"prompt": DIALOGUE, "completion": " yes\n\nHuman: thanks\n\nAssistant: ok"},
+     "prompt/completion", DIALOGUE, " yes", None),
+    # the prompt inside its answer
+    ({"prompt": DIALOGUE, "chosen": DIALOGUE + " yes", "rejected": DIALOGUE + " no"},
+     "prompt/chosen/rejected", DIALOGUE, " yes", " no"),
+    ({"prompt": "c", "chosen": DIALOGUE + " yes", "rejected": DIALOGUE + " no"},
+     "prompt/chosen/rejected", DIALOGUE, " yes", " no"),
+    ({"prompt": "why now?", "chosen": "why now?\nso", "rejected": "why now?\nno"},
+     "prompt/chosen/rejected", "why now?\n", "so", "no"),
+    ({"prompt": "the lid is", "completion": "the lid is red"}, "prompt/completion", "the lid is",
+     " red", None),
+    ({"prompt": "is tea hot", "completion": "is tea hotter"}, "prompt/completion", "is tea hot\n",
+     "is tea hotter", None),            # another word
+    # white space at the seam: see test_tokenizer.py
+    ({"prompt": "the lid is", "completion": " red \n"}, "prompt/completion", "the lid is",
+     " red \n", None),
+    ({"prompt": "write f", "response": "    return\n"}, "prompt/response", "write f\n",
+     "    return\n", None),
+    ({"messages": turns("write f", "    return")}, "messages",
+     "\n\nHuman: write f\n\nAssistant:", "    return", None),
+    ({"prompt": "why", "chosen": " so", "rejected": "no"}, "prompt/chosen/rejected", "why\n",
+     " so", "no"),
+    ({"prompt": "why?", "completion": "so", "label": True}, "prompt/completion", "why?\n", "so",
+     None),
 ]
 
 
@@ -89,10 +141,122 @@ def test_lines_an_array_and_gzip_say_the_same(tmp_path):
     expected = read_examples(write(tmp_path / "a.jsonl", lines))
     assert len(expected[0]) == 3 and expected[1].total() == 3
     for text in (lines.replace("\n", "\n\n \n"), lines.replace("\n", "\r\n"), "\ufeff" + lines,
-                 json.dumps(records), "\ufeff\n" + json.dumps(records, indent=2) + "\n"):
+                 "\ufeff" + lines.replace("\n", "\n\ufeff"), json.dumps(records),
+                 "\ufeff\n" + json.dumps(records, indent=2) + "\n"):
         for name, data in (("b.json", text.encode()), ("b.json.gz", gzip.compress(text.encode()))):
             (tmp_path / name).write_bytes(data)
             assert read_examples(tmp_path / name) == expected
+
+
+TOOL = [*turns("a"), {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]},
+        {"role": "tool", "content": "8"}, {"role": "assistant", "content": "yes"}]
+LEFT_OUT = [
+    ({"messages": TOOL}, "a tool's turn"), ({"messages": TOOL[:1] + TOOL[2:]}, "a tool's turn"),
+    ({"conversations": [{"from": "human", "value": "a"}, {"from": "observation", "value": "b"},
+                        {"from": "gpt", "value": "c"}]}, "a tool's turn, or one of an unknown"),
+    ({"messages": [{"role": "user", "content": [{"type": "image", "image": "x"}]}, *LAST]},
+     "a turn that is no text"),
+    ({"messages": turns("only the user")}, "no turn of the assistant"),
+    ({"messages": LAST}, "no turn of the assistant"),
+    ({"prompt": "why?", "completion": "go away", "label": False}, "an answer labelled false"),
+    ({"messages": turns("a", "go away"), "kto_tag": False}, "an answer labelled false"),
+    ({"prompt": "why?", "completion": "go away", "label": 0}, "an answer labelled false"),
+    ({"instruction": "a", "output": "b", "history": [["c", "d"]]}, "turns before its instruction"),
+    ({"prompt": "why", "completion": "why not"}, "an answer that may repeat its prompt"),
+    ({"prompt": "why", "completion": "so\n\nHuman: oh"}, "a human's turn in the answer"),
+    ({"prompt": "who?", "completion": DIALOGUE + " b"}, "a dialogue about another prompt"),
+    ({"chosen": "one", "rejected": "other"}, "chosen and rejected do not part after a prompt"),
+    ({"chosen": "one two", "rejected": "one two"}, "chosen and rejected do not part after"),
+    ({"chosen": DIALOGUE + " yes\n\nHuman: c\n\nAssistant: d", "rejected": DIALOGUE + " no"},
+     "the two dialogues part before the last turn")]
+
+
+@pytest.mark.parametrize("record, why", LEFT_OUT)
+def test_what_is_no_certain_answer_is_left_out_and_counted(tmp_path, record, why):
+    """One such row does not refuse a file, and is not learned: a tool's words, the human's, an
+    answer that people call bad. Alone it is refused, with its reason."""
+    examples, forms, left_out = read_examples(write(tmp_path / "a.jsonl", GOOD, record))
+    assert [e.response for e in examples] == ["because"] and forms.total() == 2
+    assert left_out.total() == 1 and next(iter(left_out)).startswith(why)
+    with pytest.raises(InputError, match="no usable example in it; 1 with " + why):
+        read_examples(write(tmp_path / "b.jsonl", record))
+
+
+@pytest.mark.parametrize("record, form, prompt, response, rejected", FORMS)
+def test_every_form_serves_as_prompts(tmp_path, record, form, prompt, response, rejected):
+    """With its answers or without them, which are nothing that a policy is asked."""
+    chat = record.get("messages") or record.get("conversations") or [{}]
+    if chat[-1].get("role") == "user":          # which is to be answered now
+        prompt += f"{response}\n\nHuman: {chat[-1]['content']}\n\nAssistant:"
+    assert read_prompts(write(tmp_path / "a.jsonl", record)) == [prompt]
+    if form in ("messages", "conversations") and chat[-1].get("role") != "user":
+        bare = {form: chat[:-1]}
+    elif form in ("prompt/response", "instruction/output", "question/answer"):
+        bare = {key: value for key, value in record.items() if key != form.split("/")[1]}
+    else:
+        return
+    assert read_prompts(write(tmp_path / "b.jsonl", bare)) == [prompt]
+
+
+def test_prompts_alone_end_as_those_of_the_demonstrations(tmp_path):
+    """A failure means that a policy which learned to go on in a sentence is asked on a new line."""
+    for ending, answer in ((" is", " red."), (" is: ", "red."), ("?", "red.")):
+        rows = [{"prompt": f"thing {i}{ending}", "completion": answer} for i in range(20)]
+        write(tmp_path / "p.jsonl", {"prompt": "new" + ending})
+        (tmp_path / "p.txt").write_text("new" + ending + "\n")
+        for name in ("p.jsonl", "p.txt"):
+            world = world_of(tmp_path / "d.jsonl", *rows, prompts=str(tmp_path / name),
+                             max_prompt=30)
+            assert world.train_prompts[-1] == meet("new" + ending, answer)[0]
+            assert world.demos[0][0].endswith(world.train_prompts[-1][3:])
+
+
+def test_equal_answers_are_no_pair(tmp_path):
+    """Equal as they are or once they are cut: nobody prefers one of them, and a reward would agree
+    with people on half of them. As demonstrations they stay."""
+    rows = [{"prompt": f"ask {i}", "chosen": f"{i} long answer, good", "rejected": rejected}
+            for i in range(10) for rejected in (f"{i} long answer, good", f"{i} long answer, bad")]
+    world = world_of(tmp_path / "d.jsonl", *rows)               # cut to 8 tokens, bytes here
+    assert len(world.demos) == 16 and not world.preferences and not world.human_pairs
+    assert "10 pairs of answers that are the same, cut to 8 tokens: no pairs" in world.notes
+    world = world_of(tmp_path / "d.jsonl", *rows, max_response=99)
+    assert len(world.preferences) == 8 and len(world.human_pairs) == 2
+    said = described(tmp_path / "d.jsonl", 258, max_response=8)
+    assert "10  prompt/chosen/rejected, two equal answers: no pair\n" in said
+    assert "10  pairs of answers that are the same, cut to 8 tokens" in said
+
+
+def test_an_end_spelled_out_and_few_prompts_get_a_note(tmp_path):
+    """A policy would learn to write "<|endoftext|>" in letters, and then go on; below 50 held-out
+    prompts means say little."""
+    rows = [{"prompt": f"ask {i}", "response": f"so {i}" + end}
+            for i, end in enumerate(["<|endoftext|>", "</s>", *[""] * 28])]
+    path = tmp_path / "d.jsonl"
+    seen = [set(world_of(path, *rows, seed=seed, n_prompts=200).notes) for seed in range(3)]
+    assert any(re.match("[12] demonstrations? with an end of text spelled", note)
+               for notes in seen for note in notes)
+    assert all("6 prompts held out: few, below 50 means say little" in notes for notes in seen)
+    said = described(path)
+    assert "2  answers with an end of text spelled out" in said
+    assert "30  distinct prompts\n        6  held out: few, below 50 means say little" in said
+    many = write(path, *({"prompt": f"ask {i}", "response": "so"} for i in range(250)))
+    assert "   50  held out\n" in described(many)
+
+
+def test_long_words_get_a_note(tmp_path):
+    rows = [{"prompt": f"ask {i}", "response": "x" * LONG_WORD} for i in range(5)]
+    note = f"words of {LONG_WORD:,} characters and more"
+    assert f"4 {note}, cut there by the tokenizer" in world_of(tmp_path / "d.jsonl", *rows).notes
+    assert f"5  {note}" in described(tmp_path / "d.jsonl")
+
+
+def test_a_corpus_and_prompts_are_described_too(tmp_path):
+    """Whoever brings text for pi_0 sees what a document looks like beside a demonstration."""
+    path = write(tmp_path / "d.jsonl", GOOD, {**GOOD, "prompt": "who?"})
+    corpus = write(tmp_path / "c.ndjson", {"text": "who?\nnobody"}, {"text": "x"})
+    said = described(path, corpus=str(corpus), prompts=str(path))
+    assert "a document of --corpus should look like these two in one" in said
+    assert f"{corpus}: 2 documents, the first 'who?\\nnobody'\n{path}: 2 prompts" in said
 
 
 def test_dialogues_that_teach_nothing_are_left_out(tmp_path):
@@ -135,6 +299,9 @@ BAD = [
     ({"prompt": " ", "response": "y"}, "the field 'prompt' is empty"),
     ({"prompt": "x", "response": ""}, "the field 'response' is empty"),
     ({"chosen": "x"}, "a dialogue needs"), ({"chosen": "\n\nAssistant: x"}, "a dialogue needs"),
+    ({"messages": [{"content": "x"}]}, "the field 'role' is missing"),
+    ({"conversations": [{"from": "human"}]}, "the field 'content' is missing"),
+    ({"instruction": None, "output": "x"}, "the field 'instruction' is missing"),
     ({**CHOSEN, "rejected": 1}, "the field 'rejected'"),
     ({"prompt": "x", "chosen": "y"}, "the field 'rejected' is missing"),
     ({"prompt": turns("x"), "chosen": LAST}, "the field 'rejected' is missing"),
@@ -142,9 +309,6 @@ BAD = [
     ({"messages": "x"}, "the field 'messages' is missing or no list"),
     ({"messages": []}, "the field 'messages' is missing or no list"),
     ({"messages": ["x"]}, "a message in 'messages' is not a JSON object"),
-    ({"messages": turns("only the user")}, "the messages need"),
-    ({"messages": LAST}, "the messages need"),
-    ({"messages": [{"role": "tool", "content": "x"}]}, "the role 'tool' is none of system, user"),
     ({"messages": [{"role": ["user"], "content": "x"}]}, "the field 'role'"),
     ({"messages": [{"role": "user", "content": None}]}, "the field 'content'"),
     ({"text": "x"}, "a text without a prompt is for --corpus"),
@@ -200,7 +364,10 @@ def test_bad_files_are_named(tmp_path):
             ("bit.jsonl.gz", gzip.compress(page)[:12] + b"\xff" * 9, ":1: not gzip"),
             ("crc.jsonl.gz", bytes(crc), ":1: not gzip"), ("null.jsonl.gz", b"", "file is empty"),
             ("x.jsonl", good + b"\n" + good[:-4], ":2: not JSON"), ("gone", None, "cannot be read"),
-            ("", None, "cannot be read")):
+            ("", None, "cannot be read"),
+            ("lfs.jsonl", b"version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 9\n",
+             "a git-lfs pointer"),
+            ("lfs.gz", b"version https://git-lfs.github.com/spec/v1\n", "a git-lfs pointer")):
         if data is not None:
             (tmp_path / name).write_bytes(data)
         with pytest.raises(InputError) as error:
@@ -213,14 +380,15 @@ def outcome(path):
     try:
         examples, _, left_out = read_examples(path)
     except InputError as error:
-        whole = "the file is empty|no usable example.*"
+        whole = "the file is empty|no usable example.*|a git-lfs pointer.*"
         assert re.fullmatch(rf"{re.escape(str(path))}:( ({whole})|\d+: .+)", str(error))
         return
     assert examples and left_out.total() >= 0
     for e in examples:
         assert e.prompt.strip() and e.response.strip()
         assert e.rejected is None or e.rejected.strip()
-        assert e.prompt.endswith(("\n", "\n\nAssistant:")) and (e.prompt + e.response).encode()
+        assert meet(e.prompt, e.response) == (e.prompt, e.response)        # joined once for all
+        assert (e.prompt + e.response).encode()
 
 
 @given(st.binary(max_size=200))
@@ -244,7 +412,8 @@ CHAT = st.lists(st.sampled_from(turns("a", "b", "", "", system="s")) | TURN, max
 VALUES = st.recursive(st.none() | st.booleans() | st.floats() | st.integers() | STRINGS | CHAT,
                       lambda inner: st.lists(inner, max_size=3)
                       | st.dictionaries(STRINGS, inner, max_size=3), max_leaves=6)
-KEYS = ["prompt", "response", "completion", "messages", "chosen", "rejected", "text"]
+KEYS = ["prompt", "response", "completion", "messages", "chosen", "rejected", "text", "label",
+        "instruction", "input", "conversations"]
 RECORDS = st.dictionaries(st.sampled_from(KEYS), STRINGS | CHAT | VALUES, max_size=4)
 
 
@@ -276,7 +445,8 @@ def test_ten_thousand_malformed_records_cost_seconds_at_most(tmp_path):
 
 def described(path, vocab_size=300, **more):
     """What --dry-run prints of a file."""
-    s = SimpleNamespace(**{**dict(init=None, max_prompt=192, max_response=64), **more})
+    s = SimpleNamespace(**{**dict(init=None, corpus=None, prompts=None, n_prompts=200,
+                                  max_prompt=192, max_response=64), **more})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "VOCAB_SIZE", vocab_size)
         return describe(path, s)
@@ -290,14 +460,16 @@ def test_a_dry_run_says_what_was_understood(tmp_path):
     said = described(write(tmp_path / "a.jsonl", *rows), 258, max_prompt=21, max_response=8)
     assert f"{tmp_path}/a.jsonl: 4 records, 3 of use" in said
     assert re.findall(r"^ +(\d+)  (\w.*)$", said, re.M) == [
-        ("2", "prompt/response"), ("2", "chosen/rejected"), ("1", "left out: an empty last turn")]
+        ("2", "prompt/response"), ("2", "chosen/rejected"), ("1", "left out: an empty last turn"),
+        ("3", "distinct prompts"), ("1", "held out: few, below 50 means say little")]
     table = r"^ +(\w+)  median (\d+), longest (\d+), cut to (\d+): (\d)$"
     assert re.findall(table, said, re.M) == [
         ("prompt", "21", "46", "21", "1"), ("response", "6", "9", "8", "1"),
         ("rejected", "4", "4", "8", "0")]
-    assert said.endswith("  no loss  'why\\x1b?\\n'\n     loss  'é[1]<|endoftext|>'")
+    corpus = "\na document of --corpus should look like these two in one, prompt and answer"
+    assert said.endswith("  no loss  'why\\x1b?\\n'\n     loss  'é[1]<|endoftext|>'" + corpus)
     said = described(write(tmp_path / "b.jsonl", rows[1]), 258, max_prompt=21, max_response=8)
-    assert said.endswith(f"     loss  '{'y' * 8}'")         # cut here: no EOS
+    assert said.endswith(f"     loss  '{'y' * 8}'" + corpus)        # cut here: no EOS
 
 
 def test_a_dry_run_with_a_checkpoint_and_of_bad_files(tmp_path):
@@ -351,8 +523,8 @@ def test_a_batch_has_the_demonstrator_s_density_by_its_texts(tmp_path):
     world = world_of(tmp_path / "d.jsonl", GOOD, {**GOOD, "prompt": "who?"})
     world.demo_logp = lambda prompt, response: -len(prompt) - 10 * len(response)
     (letter,) = world.tokenizer.encode("x")
-    batch = data.collate([world.pair("a", "bcd"), world.pair("ab", "c")], pad=letter)
-    assert world.demo_density(batch).tolist() == [-31, -12]
+    batch = data.collate([world.pair("a\n", "bcd"), world.pair("ab\n", "c")], pad=letter)
+    assert world.demo_density(batch).tolist() == [-32, -13]
 
 
 @pytest.mark.parametrize("gold", [None, "pairs"])
@@ -407,13 +579,13 @@ def test_preference_pairs_are_people_s_or_golden_s(tmp_path):
     samples = [([0], list(y.encode())) for y in ("b", "ab", "a", "a", "aaa", "")]
     world = world_of(tmp_path / "d.jsonl", *paired_rows(20))
     world.text = lambda ids: bytes(ids).decode()
-    of_people = world.preference_pairs(["x"] * 3, samples, 0.0, random.Random(0))
+    of_people = world.preference_pairs(samples, 0.0, random.Random(0))
     assert of_people == [(world.pair(x, a), world.pair(x, b)) for x, a, b in world.preferences]
     world.preferences, world.golden = [], lambda prompt, response: len(response)
-    assert world.preference_pairs(["x"] * 3, samples, 0.0, random.Random(0)) == [
+    assert world.preference_pairs(samples, 0.0, random.Random(0)) == [
         (samples[1], samples[0]), (samples[4], samples[5])]
     world.golden = None
-    assert world.preference_pairs(["x"] * 3, samples, 0.0, random.Random(0)) == []
+    assert world.preference_pairs(samples, 0.0, random.Random(0)) == []
 
 
 def test_label_noise_swaps_its_share(tmp_path):
@@ -424,7 +596,7 @@ def test_label_noise_swaps_its_share(tmp_path):
     samples = [([0], [0] * k) for _ in range(2000) for k in (1, 2)]
 
     def swapped(noise):
-        items = world.preference_pairs(["x"] * 2000, samples, noise, random.Random(0))
+        items = world.preference_pairs(samples, noise, random.Random(0))
         assert len(items) == 2000
         return sum(len(better[1]) < len(worse[1]) for better, worse in items) / len(items)
     assert swapped(0.0) == 0 and swapped(1.0) == 1 and abs(swapped(0.3) - 0.3) < 0.041
@@ -458,7 +630,10 @@ def test_golden_functions(tmp_path):
                     "def bad(x, y):\n    return float('nan')\n"
                     "def ugly(x, y):\n    return 1 / 0\n"
                     "def text(x, y):\n    return 'much'\n")
-    assert load_golden(f"{path}:good")("x\n", " abc ") == 3
+    assert load_golden(f"{path}:good")("x\n", " abc") == 3
+    assert load_golden(f"{path}:good")("x\n", "  abc\n") == 6      # indentation is the answer's own
+    with pytest.raises(InputError, match=f"which function of it. Write {path}:FUNCTION"):
+        load_golden(str(path))
     for name, message in (("bad", "returned nan"), ("ugly", "ZeroDivisionError"),
                           ("text", "ValueError")):
         with pytest.raises(InputError, match=message):

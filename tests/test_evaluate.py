@@ -70,7 +70,9 @@ def world_of(**more):
     fields = {"tokenizer": tokenizer, "text": text_of, "max_response": 2, "test_prompts": prompts,
               "pair": lambda x, y: (tokenizer.encode(x), encode(y)), "unmark": None,
               "test_demos": [[text for text, k in DEMO.items() for _ in range(k)] for _ in prompts],
-              "golden": golden, "demo_logp": lambda x, y: math.log(DEMO[y] / 16),
+              "golden": golden, "golden_ids": None,
+              "points": lambda x, y: golden(text_of(x), text_of(y)),
+              "demo_logp": lambda x, y: math.log(DEMO[y] / 16),
               "human_pairs": [], "demos": [("a", "a~"), ("b", "b~")]}
     return SimpleNamespace(**{**fields, **more})
 

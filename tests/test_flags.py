@@ -1,9 +1,14 @@
 """The command line: what --help promises is what the dataclass holds, and errors are one line."""
 
 import dataclasses
+import importlib
 import json
 import math
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -57,6 +62,35 @@ def test_what_a_user_can_put_right_is_one_line(error, status, line, capsys):
     with pytest.raises(SystemExit) as stop:
         run_script(main)
     assert stop.value.code == status and capsys.readouterr().err == line
+
+
+def test_a_narrow_console_does_not_end_a_run():
+    """Windows' cp1252 knows no mark of the demonstrator. A failure means that a run ends in a
+    traceback after its training; or that a sample's control characters move the cursor."""
+    code = ("from utils.cli import run_script, InputError, printable\n"
+            "def main():\n    print('a \u2726 \u00b1', printable('b\\x1b[2J\\u202e \u2726'))\n"
+            "    raise InputError('bad\\x1b \u2726')\nrun_script(main)")
+    got = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).resolve().parent.parent,
+                         capture_output=True, env={**os.environ, "PYTHONIOENCODING": "cp1252"})
+    assert got.stdout == rb"a ? " + b"\xb1" + rb" b\x1b[2J\u202e ?" + os.linesep.encode()
+    assert got.stderr == rb"error: bad\x1b ?" + os.linesep.encode() and got.returncode == 2
+
+
+@pytest.mark.parametrize("script", ["afd", "toy_envs.gaussian", "toy_envs.gridworld",
+                                    "toy_envs.heterogeneity", "toy_envs.token_mdp",
+                                    "toy_envs.token_samples"])
+@pytest.mark.parametrize("seed", ["-1", str(2 ** 64), "x"])
+def test_a_seed_that_is_none_is_refused(script, seed):
+    """To Python's generator -1 is the seed 1. A failure means that two seeds are one."""
+    with pytest.raises(InputError, match="--seed"):
+        parse_settings(importlib.import_module(script).Settings, ["--seed", seed])
+
+
+def test_a_name_that_is_not_utf_8_is_said_to_be_so():
+    """Python has it, but no file of the run can hold it: the disk was blamed for that."""
+    with pytest.raises(InputError, match=r"--file 'caf\\udce9': not UTF-8") as error:
+        parse_settings(Settings, ["--file", b"caf\xe9".decode(errors="surrogateescape")])
+    str(error.value).encode()
 
 
 def test_a_mistake_of_ours_shows_its_traceback():

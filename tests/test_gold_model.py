@@ -12,15 +12,15 @@ import torch
 
 import afd
 from divergences import bradley_terry_loss
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, generate
 from reward import RewardModel, score
 from train import TrainConfig, train_reward
 from utils import data
+from utils.checkpoints import Run
 from utils.cli import InputError
 from utils.data import file_world
 from utils.evaluate import golden_from_model, wilson_interval
 from utils.report import golden_note, write_report
-from utils.tokenizer import Tokenizer
 
 TINY = ["--gold", "pairs", "--max-prompt", "24", "--max-response", "12", "--n-samples", "40",
         "--n-prompts", "5", "--n-candidates", "4", "--n-embd", "16", "--n-layer", "1",
@@ -47,8 +47,9 @@ def write(path, rows):
     return path
 
 
-def world_of(path, rows):
-    return file_world(afd.Settings(demos=str(write(path, rows)), gold="pairs"), 0)
+def world_of(path, rows, seed=0):
+    s = afd.Settings(demos=str(write(path, rows)), gold="pairs", max_prompt=24, max_response=12)
+    return file_world(s, seed)
 
 
 # ---- what it learns -----------------------------------------------------------------------------
@@ -66,7 +67,7 @@ def test_it_learns_an_obvious_preference_and_says_how_well(tmp_path):
     items = [(world.pair(x, a), world.pair(x, b)) for x, a, b in world.gold_pairs]
     gold_model, _ = train_reward(RewardModel(init), items, [], bradley_terry_loss,
                                  TrainConfig(lr=1e-2, epochs=3), random.Random(0))
-    golden, note = golden_from_model(gold_model, world)
+    golden, _, note = golden_from_model(gold_model, world)
     assert all(golden(x, a) > golden(x, b) for x, a, b in world.gold_pairs)
     right = [golden(x, a) > golden(x, b) for x, a, b in flipped]
     n, n_held_out, agreement, *ends = re.fullmatch(NOTE, note).groups()
@@ -104,15 +105,25 @@ def test_numbers_name_their_gold_model(run, tmp_path):
 
 
 def test_golden_is_the_score_of_the_saved_model(run):
-    """Of every candidate: else the checkpoint is of something else than the numbers are."""
-    folder = run[1] / "seed1" / "gold_model"
-    gold_model, tokenizer = RewardModel.from_pretrained(folder), Tokenizer.from_pretrained(folder)
-    samples = json.loads((run[1] / "seed1" / "results.json").read_text())["samples"]
+    """Of every candidate, by the very ids that were sampled: else the checkpoint is of something
+    else than the numbers are, or samples are read as other tokens than were written."""
+    folder = run[1] / "seed1"
+    gold_model = RewardModel.from_pretrained(folder / "gold_model")
+    samples = json.loads((folder / "results.json").read_text())["samples"]
+    world = world_of(run[1].parent / "d.jsonl", rows_of(), seed=1)
+    stream = Run(run[1], 1, torch.device("cpu"), None).generator("candidates samples")
+    ys = generate(GPT.from_pretrained(folder / "sft"), [
+        world.tokenizer.encode(x) for x in world.test_prompts[:5]], 4, max_new_tokens=12,
+        generator=stream)
+    again = 0           # samples that the tokenizer would write with other tokens
     assert len(samples) == 5
-    for sample in samples:
-        candidates = sample["candidates"]
-        pairs = [tokenizer.encode_pair(sample["prompt"], y, 24, 12) for y in candidates["text"]]
-        assert candidates["scores"]["golden"] == pytest.approx(score(gold_model, pairs), abs=1e-5)
+    for sample, responses in zip(samples, ys):
+        x, candidates = world.tokenizer.encode(sample["prompt"]), sample["candidates"]
+        assert candidates["text"] == [world.text(y) for y in responses]
+        scores = score(gold_model, [(x, y) for y in responses])
+        assert candidates["scores"]["golden"] == pytest.approx(scores, abs=1e-5)
+        again += sum(world.pair(sample["prompt"], world.text(y)) != (x, y) for y in responses)
+    assert again > 0
 
 
 @pytest.mark.parametrize("stop", ["sample_responses", "present"])

@@ -117,6 +117,15 @@ def test_no_token_sees_its_future():
     assert (model(idx)[:, 3:] - model(other)[:, 3:]).abs().min() > 1e-6
 
 
+def test_more_tokens_than_positions_are_refused():
+    """A failure means that a text which is too long ends in an index error of torch."""
+    model = tiny(7, 8)
+    assert model(torch.zeros(1, 8, dtype=torch.long)).shape == (1, 8, 7)
+    for pair in (([1] * 5, [2] * 4), ([], [1] * 9)):
+        with pytest.raises(ValueError, match="9 tokens, but 8 positions"):
+            logp_seq(model, collate([pair]))
+
+
 def test_logits_are_made_of_the_hidden_states():
     """A failure means that a reward head reads other states than the policy's."""
     model, idx = tiny(), torch.tensor([[1, 2, 3]])
@@ -430,6 +439,36 @@ def test_sample_logits_never_draws_probability_zero(dtype):
         assert all(logits.softmax(-1)[token] > 0 for token in drawn)
     certain = torch.tensor([-math.inf, 0.0, -math.inf, -1e4], dtype=dtype)
     assert {*draw_at(u, certain)} == {1}
+
+
+def test_a_large_vocabulary_is_drawn_in_double_precision():
+    """GPT-2's 50,257 tokens, in float32 as a model gives them. Of those with a probability from
+    1e-13 to 2^-25, each is drawn in the middle of its interval; in float32 most never are."""
+    logits = 6 * torch.randn(50257, generator=seeded(0))
+    p = logits.double().softmax(-1)
+    unlikely = ((p > 1e-13) & (p < 2 ** -25)).nonzero().squeeze(1)
+    assert len(unlikely) > 25000
+    some = unlikely[::500]
+    middle = (p.cumsum(-1) - p / 2)[some]
+    assert draw_at(middle, logits) == some.tolist()
+    assert sum(a == b for a, b in zip(draw_at(middle.float(), logits), some)) < len(some) / 2
+
+
+@pytest.mark.parametrize("vocab_size, dtype", [(m.SMALL_VOCABULARY, torch.float32),
+                                               (m.SMALL_VOCABULARY + 1, torch.float64)])
+def test_uniforms_are_as_fine_as_the_vocabulary_needs(vocab_size, dtype, monkeypatch):
+    """A failure means that tokens of GPT-2's vocabulary can never be written; or that small models
+    draw other samples than those that the tables were made of."""
+    asked = []
+
+    def record(logits, uniform):
+        asked.append((uniform.dtype, uniform.tolist()))
+        return sample_logits(logits, uniform)
+    monkeypatch.setattr(m, "sample_logits", record)
+    generate(tiny(vocab_size, eos_token_id=None).float(), [[2, 3]], 5, max_new_tokens=2,
+             generator=seeded(0))
+    assert asked == [(dtype, u) for u in torch.rand(2, 5, generator=seeded(0),
+                                                    dtype=dtype).tolist()]
 
 
 def test_rows_are_drawn_independently():

@@ -262,6 +262,20 @@ def test_the_printed_samples_hold_every_writer_and_word(capsys):
     assert max(map(len, lines)) <= 100 and printed.count("word") == 3 * 40
     assert printed.count("best of 16, init-sft  +1.0 /  -2.2  word") == 3 and "xend'" in printed
     assert "pi_0                  +1.0 /  -2.2" in printed
+    print_samples([{"prompt": "x", "writers": {"pi_0": {**response, "text": "a\x1b[2Jb\u202e"}}}])
+    assert r"a\x1b[2Jb\u202e" in capsys.readouterr().out          # it would clear the screen
+
+
+def test_the_proxies_of_length_and_chance_are_no_nats(capsys):
+    """Length is in tokens, a coin in nothing; in a column of nats both stay empty."""
+    results = run_of(GOLDEN)
+    results["rows"] += [{**results["rows"][0], "name": f"best of 16, {name}", "proxy": 7.5}
+                        for name in ("length", "random", "likelihood")]
+    print_table(results)
+    lines = capsys.readouterr().out.splitlines()
+    shown = {name: "7.5" in next(line for line in lines if line.startswith(f"best of 16, {name}"))
+             for name in ("length", "random", "likelihood")}
+    assert shown == {"length": False, "random": False, "likelihood": True}
 
 
 def test_seeds_are_collected_and_presented(capsys, tmp_path):

@@ -4,13 +4,15 @@ belong. Against transformers' AutoTokenizer it stands in test_checkpoints.py.
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from hypothesis import example, given, settings, strategies as st
 
 from utils.cli import InputError
-from utils.tokenizer import EOS, PAD, UNK, Tokenizer, bpe_tokenizer, word_tokenizer
+from utils.tokenizer import (EOS, LONG_WORD, PAD, TURN, UNK, Tokenizer, bpe_tokenizer, meet,
+                             word_tokenizer)
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXTS = ["the cat sat on the mat .", "a dog ran at the cat .", "señor — 日本 ☼"]
@@ -76,6 +78,46 @@ def test_encode_pair():
     assert pair("sat . the cat") == ([3, 4], [5, 6, 3])
     assert pair("") == ([3, 4], [WORDS.eos])
     assert pair("sat", max_prompt=1) == ([4], [5, WORDS.eos])
+
+
+MEETINGS = [        # prompt and answer in, and where they are parted
+    ("why?", "because", "why?\n", "because"), ("why?\n", "because", "why?\n", "because"),
+    ("why?", "\nbecause", "why?\n", "because"), ("why?", "\n\nso", "why?\n", "\nso"),
+    ("the lid is", " red", "the lid is", " red"), ("A: ", "red", "A:", " red"),
+    ("A: ", " red", "A: ", " red"), ("f():\n    ", "return", "f():\n    ", "return"),
+    ("write f", "    return", "write f\n", "    return"), ("f", "\treturn", "f\n", "\treturn"),
+    ("why?" + TURN, "so", "why?" + TURN, " so"), ("why?" + TURN, " so", "why?" + TURN, " so"),
+    ("why?" + TURN + " ", "so", "why?" + TURN, " so"), ("why?" + TURN, "", "why?" + TURN, ""),
+    ("", "text", "", "text"), ("why?\r\n", "so \n", "why?\r\n", "so \n")]
+
+
+@pytest.mark.parametrize("prompt, answer, before, after", MEETINGS)
+def test_where_prompt_and_answer_meet(prompt, answer, before, after):
+    """A failure means that white space is lost or made up at the seam, or that a pair which has
+    been joined once is joined in another way when it is encoded."""
+    assert meet(prompt, answer) == meet(before, after) == (before, after)
+    assert "".join(meet(prompt, answer)).split() == (prompt + " " + answer).split()
+    ids = BPE.encode(before), [*BPE.encode(after), BPE.eos]
+    assert BPE.encode_pair(prompt, answer, 99, 99) == ids
+
+
+@pytest.mark.parametrize("prompt", ["why?", "why?\n", "A: ", "why?" + TURN, "why?" + TURN + " "])
+def test_what_is_sampled_from_is_what_is_scored(prompt):
+    """A failure means that a policy is asked in another way than it was trained to be."""
+    assert BPE.encode_prompt(prompt) == BPE.encode_pair(prompt, "because", 99, 99)[0]
+
+
+def test_long_words_do_not_stop_the_training_of_a_tokenizer():
+    """A failure means that one line of base64 takes minutes: training took the square of a word's
+    length. Eight times the letters may take sixteen times as long, not sixty-four."""
+    def seconds(n):
+        start = time.process_time()
+        tok = bpe_tokenizer(["".join(chr(97 + i * i % 23 + i % 3) for i in range(n))], 400)
+        assert tok.decode(tok.encode("ab " * n)) == "ab " * n
+        return time.process_time() - start
+    assert seconds(160 * LONG_WORD) < 16 * max(seconds(20 * LONG_WORD), 0.05)
+    ids = [i for i, _ in BPE.backend.pre_tokenizer.pre_tokenize_str("x" * (2 * LONG_WORD + 1))]
+    assert [len(word) for word in ids] == [LONG_WORD, LONG_WORD, 1]
 
 
 @given(st.text(max_size=30), st.integers(1, 12))

@@ -30,7 +30,7 @@ class Settings:
     weight: float = setting(0.6, "probability of the right mode, between 0 and 1")
     starts: int = setting(16, "starting points of each fit")
     points: int = setting(4000, "points of the quadrature grid")
-    seed: int = setting(0, "seed of the starting points")
+    seed: int = setting(0, "seed of the starting points", 0, 2 ** 32)
     out: str = setting("out/gaussian", "folder for results.json and gaussian.png")
 
 

@@ -47,7 +47,7 @@ MAX_ENTRIES = 20_000_000  # of the largest array; a run holds about four of its 
 @dataclass
 class Settings:
     """Directions of Init-SFT, Init-Demo and SFT-Demo, and what best-of-N gains by each."""
-    seed: int = setting(0, "seed of all samples")
+    seed: int = setting(0, "seed of all samples", 0, 2 ** 32)
     seeds: int = setting(20, "independent runs (the intervals are over these)")
     samples: int = setting(2000, "training samples from each cloud")
     prompts: int = setting(500, "best-of-N selections that a mean is taken over, per run")

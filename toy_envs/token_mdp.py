@@ -40,7 +40,7 @@ class Settings:
     slip: float = setting(0.02, "probability that a style writes another letter than its pattern's")
     letters: int = setting(4, "size of the alphabet")
     starts: int = setting(2, "random starts of each exact solution, besides one per set of styles")
-    seed: int = setting(0, "seed of the random starts")
+    seed: int = setting(0, "seed of the random starts", 0, 2 ** 32)
     out: str = setting("out/token_mdp", "folder for results.json and the figures")
 
 

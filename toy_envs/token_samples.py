@@ -52,7 +52,7 @@ class Settings(token_mdp.Settings):
     demos: int = setting(20000, "demonstrations")
     rounds: int = setting(300, "rounds of discriminator and policy in adversarial training")
     batch: int = setting(640, "samples of each policy per round")
-    seed: int = setting(0, "seed of every sample and every network")
+    seed: int = setting(0, "seed of every sample and every network", 0, 2 ** 32)
     out: str = setting("out/token_samples", "folder for results.json and the figures")
 
 

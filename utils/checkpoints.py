@@ -26,7 +26,8 @@ import tokenizers
 import torch
 
 from model import GPT, GPTConfig
-from utils.cli import InputError, make_folder, load_json, require, write_aside, write_json
+from utils.cli import (InputError, load_json, make_folder, refuse_pointer, require, write_aside,
+                       write_json)
 from utils.tokenizer import Tokenizer
 
 # Fields of config.json and the values with which GPT computes the same; the first if it is absent.
@@ -36,6 +37,7 @@ COMPUTED = {"model_type": ("gpt2",), "activation_function": ("gelu_new", "gelu_p
 # Files of weights, the preferred one first, and what is read beside them where it is there.
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 BESIDE = ("config.json", "generation_config.json", "tokenizer.json", "vocab.json", "merges.txt",
+          "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
           "reward_head.pt")
 
 
@@ -103,6 +105,7 @@ def first_of(folder, *names):
     """The path of the first of these files that is there. Raises ValueError if none is."""
     for name in names:
         if (folder / name).is_file():
+            refuse_pointer(folder / name)
             return folder / name
     raise ValueError(f"{' or '.join(names)} is missing")
 
@@ -119,22 +122,26 @@ def end_ids(folder):
 def load_gpt(name, trunk=False):
     """The GPT of a checkpoint folder or of a name on the hub.
 
-    A tokenizer that lies beside the weights must fit them, and it tells which token ends a text.
+    A tokenizer that lies beside the weights must fit them. It tells which token ends a text, and
+    which ids have no text: those are never sampled. Many a vocabulary is padded to a round number.
     trunk: the folder may be a reward model's, whose trunk is no policy: what it would write has no
     sense. Raises InputError naming what is missing or does not fit.
     """
     with loading(name) as folder:
         if (folder / "reward_head.pt").is_file() and not trunk:
             raise ValueError("a reward model, not a policy")
-        policy = GPT(read_config(folder))
-        read_weights(weight_files(folder), policy)
-    config = policy.config
+        config = read_config(folder)
     if (folder / "tokenizer.json").is_file() or (folder / "vocab.json").is_file():
         tokenizer = Tokenizer.from_pretrained(folder)
-        largest = max(tokenizer.backend.get_vocab().values())
-        require(largest < config.vocab_size, f"{name}: the tokenizer has ids up to {largest}, but "
-                f"vocab_size is {config.vocab_size}")
+        ids = {*tokenizer.backend.get_vocab().values()}
+        require(max(ids) < config.vocab_size, f"{name}: the tokenizer has ids up to {max(ids)}, "
+                f"but vocab_size is {config.vocab_size}")
         config.eos_token_id, config.pad_token_id = tokenizer.eos, tokenizer.pad
+        no_text = {*range(config.vocab_size)} - ids | {*tokenizer.suppress}
+        config.suppress_tokens = tuple(sorted({*config.suppress_tokens} | no_text))
+    with loading(folder):
+        policy = GPT(config)
+        read_weights(weight_files(folder), policy)
     return policy
 
 
@@ -181,7 +188,7 @@ def read_weights(paths, policy):
     mask = (".attn.bias", ".attn.masked_bias")      # older files hold the causal mask as well
     theirs = {k.removeprefix("transformer."): t for k, t in raw.items() if not k.endswith(mask)}
     head, ours = theirs.pop("lm_head.weight", None), conv1d(policy.state_dict())
-    if head is not None and not torch.equal(head, theirs.get("wte.weight", head)):
+    if head is not None and not torch.equal(head, theirs.setdefault("wte.weight", head)):
         raise ValueError("lm_head.weight is not wte.weight: untied heads are not computed here")
     wrong = [f"{k} is missing" for k in ours.keys() - theirs.keys()]
     wrong += [f"{k} is not in GPT-2" for k in theirs.keys() - ours.keys()]

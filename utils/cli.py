@@ -61,6 +61,10 @@ def parse_settings(Settings, argv=None):
     settings = Settings(**vars(parser.parse_args(argv)))
     for field in dataclasses.fields(Settings):
         value, least = getattr(settings, field.name), field.metadata["least"]
+        # Python has half a character for each byte of a file name that is not UTF-8.
+        if isinstance(value, str):
+            require(value.encode(errors="replace").decode() == value,
+                    f"--{field.name.replace('_', '-')} {value!r}: not UTF-8; rename the file")
         if least is not None:
             most = field.metadata["most"]
             # Written so that nan, which compares with nothing, is refused too.
@@ -74,15 +78,24 @@ def plural(n, things):
     return f"{n:,} {things.removesuffix('s') if n == 1 else things}"
 
 
+def printable(text):
+    """The text with its control characters escaped: printed, they could clear the screen."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def run_script(main):
     """Call main(). Bad input, a training that diverged and a file that cannot be written are one
     line and exit status 2. Ctrl-C is 130. A reader of the output that leaves, as `| head -1` does,
     is 141 without a word, as in a shell."""
+    for stream in (sys.stdout, sys.stderr):
+        # A console may lack a character: that must not end a run after its training.
+        if hasattr(stream, "reconfigure"):      # a notebook's has none
+            stream.reconfigure(errors="replace")
     try:
         main()
         print(end="", flush=True)
     except (InputError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:
         # Python flushes on its way out: what is left of the output must go nowhere.
@@ -171,4 +184,18 @@ def write_json(path, value, indent=1):
 
 def load_json(path):
     """The value of a JSON file; None if there is no such file."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if not path.is_file():
+        return None
+    refuse_pointer(path)
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def refuse_pointer(path):
+    """Raise InputError for a git-lfs pointer: the few lines that stand for a file not fetched."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(24)
+    except (OSError, ValueError):       # Whoever reads the file says what is the matter.
+        return
+    require(start != b"version https://git-lfs.",
+            f"{path}: a git-lfs pointer, not the file itself; fetch it with `git lfs pull`")

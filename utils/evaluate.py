@@ -49,14 +49,15 @@ def read_responses(world, rows):
     ids = [world.tokenizer.encode(x) for x in world.test_prompts]
     texts = [[world.text(y) for y in row] for row in rows]
 
-    def table(function):
+    def table(function, prompts=world.test_prompts, rows=texts):
         if function is None:
             return None
-        return np.array([[function(x, y) for y in row]
-                         for x, row in zip(world.test_prompts, texts)])
+        return np.array([[function(x, y) for y in row] for x, row in zip(prompts, rows)])
+    # A model in golden's place reads the ids as they were sampled.
+    golden = table(world.golden_ids, ids, rows) if world.golden_ids else table(world.golden)
     return Responses(texts, [(x, y) for x, row in zip(ids, rows) for y in row],
                      np.array([[len(y) for y in row] for row in rows], float),
-                     table(world.golden), table(world.demo_logp))
+                     golden, table(world.demo_logp))
 
 
 def sample_responses(world, policy, n, generator, label=None):
@@ -256,8 +257,7 @@ class Evaluator:
         the curve of policy optimisation, which the policy itself does not see."""
         record = {}
         if self.world.golden:
-            values = [self.world.golden(self.world.text(x), self.world.text(y)) for x, y in pairs]
-            record["golden"] = float(np.mean(values))
+            record["golden"] = float(np.mean([self.world.points(x, y) for x, y in pairs]))
         return {**record, "length": float(np.mean([len(y) for _, y in pairs]))}
 
 
@@ -276,17 +276,21 @@ def distinct(texts):
 # ---- people's preferences -----------------------------------------------------------------------
 
 def golden_from_model(gold_model, world):
-    """(golden, note): a reward model trained on world.gold_pairs, in golden's place.
+    """(golden, golden_ids, note): a reward model trained on world.gold_pairs, in golden's place.
 
-    golden(prompt, response) is in log-odds of being preferred, up to a constant of each prompt. The
-    note says how often the model agrees with people on held-out pairs: golden is no truth here.
+    golden(prompt, response) is in log-odds of being preferred, up to a constant of each prompt;
+    golden_ids is the same of token ids. The note says how often the model agrees with people on
+    held-out pairs: golden is no truth here.
     """
     agreement, low, high = human_agreement(gold_model, world)
 
-    def golden(prompt, response):
+    def golden_ids(prompt, response):
         # A response is scored alone: in a batch, others would change the last digits of its score.
-        return float(score(gold_model, [world.pair(prompt, response)])[0])
-    return golden, (
+        return float(score(gold_model, [(prompt, response)])[0])
+
+    def golden(prompt, response):
+        return golden_ids(*world.pair(prompt, response))
+    return golden, golden_ids, (
         f"reward model trained on {plural(len(world.gold_pairs), 'pairs')} that no learner sees "
         f"(agreement with people on {plural(len(world.human_pairs), 'held-out pairs')}: "
         f"{agreement:.3f}, 95% interval {low:.3f} to {high:.3f})")

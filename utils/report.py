@@ -13,7 +13,7 @@ from html import escape
 from itertools import groupby
 from pathlib import Path
 
-from utils.cli import plural, load_json, write_aside, write_json
+from utils.cli import load_json, plural, printable, write_aside, write_json
 from utils.evaluate import grouped, over_seeds, summarise
 from utils.plots import COLORS, draw_run
 
@@ -50,6 +50,8 @@ def number(value, form=".2f"):
 def cell(records, column, form, plus_minus):
     """The mean over seeds of a column; golden reward and agreement never without an interval."""
     mean, low, high = over_seeds(records, column)
+    if column == "proxy" and records[0]["name"].endswith((", length", ", random")):
+        mean = None         # what these two select by is in tokens or in nothing, not in nats
     text = number(mean, form)
     if column == "golden":
         half = None if mean is None else (high - low) / 2
@@ -83,18 +85,18 @@ def collect(out, head, parts):
 
 
 def present(out, results, world):
-    """Print the tables and samples of the first seed; draw the figures and write the report."""
+    """Draw the figures and write the report; print the tables and samples of the first seed."""
     first = next(iter(results["seconds"]))
     samples = load_json(Path(out) / f"seed{first}" / "results.json")["samples"]
+    try:
+        figures = [f"figure  {path}" for path in draw_run(out, results)]
+    except ImportError as error:        # the numbers are safe; only the pictures need the extra
+        figures = [str(error)]
+    report = write_report(out, results, samples, world)
     print_table(results)
     print_reward_models(results["reward_models"])
     print_samples(samples)
-    try:
-        for path in draw_run(out, results):
-            print(f"figure  {path}")
-    except ImportError as error:        # the numbers are safe; only the pictures need the extra
-        print(error)
-    print(f"report  {write_report(out, results, samples, world)}")
+    print(*figures, f"report  {report}", sep="\n")
 
 
 # ---- the terminal -------------------------------------------------------------------------------
@@ -156,7 +158,8 @@ def print_samples(samples, count=3):
         for name, response in sample["writers"].items():
             golden, proxy = number(response["golden"], "+.1f"), number(response["proxy"], "+.1f")
             head = f"    {name:{width}}{golden:>6} / {proxy:>5}  "
-            print(textwrap.fill(" ".join(response["text"].split()), 98, initial_indent=head,
+            text = printable(" ".join(response["text"].split()))
+            print(textwrap.fill(text, 98, initial_indent=head,
                                 subsequent_indent=" " * len(head)) or head.rstrip())
     print()
 
