@@ -354,6 +354,7 @@ def draw_quality(data, path):
     for row, h in zip(axes, "01"):
         for axis, (title, (task, part)) in zip(row, parts.items()):
             groups = [f"good-{task}-h{h}-sft-{lr}x{epochs}" for lr, epochs in SCHEDULES]
+            groups = [group for group in groups if values(data, group, "pi_SFT")]
             x = [np.mean([*values(data, group, "pi_SFT", "forward_kl").values()])
                  for group in groups]
             for name in ("floored", "likelihood per token", "init-sft", "init-demo", "sft-demo"):

@@ -95,9 +95,9 @@ class Sweep:
 
     # ---- the sweeps -----------------------------------------------------------------------------
 
-    def quality(self):
+    def quality(self, schedules):
         """How good must pi_SFT be? Its schedule is varied, all that follows from it is done anew."""
-        for lr, epochs in SCHEDULES:
+        for lr, epochs in schedules:
             if (lr, epochs) == (afd.SFT.lr, self.s.sft_epochs):     # the run's own
                 policy, history = self.sft, self.run.history("sft")
                 rewards = {name: self.run.load(name, RewardModel) for name in DISCRIMINATORS}
@@ -206,7 +206,8 @@ def main():
     if plain:
         sweep.exact()
     if good:
-        sweep.quality()
+        # With marks two of them: the schedule of the tables before the loss was mended, and the own.
+        sweep.quality(SCHEDULES if plain else (SCHEDULES[1], SCHEDULES[-1]))
     if good and plain:
         sweep.longer()
     if group == "good-helpful-h0":

@@ -35,10 +35,9 @@ def rows(sweep, group):
     return {row["name"]: row["golden"] for row in sweep.rows if row["group"] == f"{GROUP}-{group}"}
 
 
-def test_the_runs_own_schedule_gives_the_runs_own_models(sweep, monkeypatch, one_thread):
+def test_the_runs_own_schedule_gives_the_runs_own_models(sweep, one_thread):
     """A failure means that the figure's last point is not the method that the tables measure."""
-    monkeypatch.setattr(sweeps, "SCHEDULES", ((afd.SFT.lr, sweep.s.sft_epochs),))
-    sweep.quality()
+    sweep.quality([(afd.SFT.lr, sweep.s.sft_epochs)])
     sweep.floors()
     policy, _, rewards = sweep.train(afd.SFT.lr, sweep.s.sft_epochs)
     for name, trained in [("sft", policy), *rewards.items()]:
