@@ -7,8 +7,7 @@ zero in both.
 
 A pair is (prompt ids, response ids), two lists of int; a finished response ends with EOS. A batch
 is padded on the right. Masks come from lengths, never from a token's id, so padding may be any id
-and is not EOS. Causal attention lets no real token see the padding behind it: training needs no
-attention mask.
+and is not EOS. Causal attention lets no real token see the padding behind it.
 
 Shapes: B batch, T time (tokens), V vocabulary, D width, H heads, n samples of a prompt.
 """
@@ -20,6 +19,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
+
+from utils.cuda import STATIC, cache_floats, generate_static, padded_linear
 
 
 # ---- the transformer (names and layout of GPT-2) ------------------------------------------------
@@ -46,9 +47,8 @@ class Attention(nn.Module):
 
     def forward(self, x, cache=None, mask=None):
         B, T, D = x.shape
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, D // self.n_head)
-        qkv = qkv.permute(2, 0, 3, 1, 4)                # (3, B, H, T, D/H)
-        q, k, v = qkv
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, D // self.n_head).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv                                   # (B, H, T, D/H) each
         if cache is not None:
             k, v = cache.append(qkv[1:])                # (B, H, T so far, D/H)
         if T == 1 and cache is not None:
@@ -75,8 +75,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """GPT-2 (Radford et al. 2019) without dropout: learned positions, pre-norm blocks, tanh-GELU,
-    an output head tied to the embedding."""
+    """GPT-2 (Radford et al. 2019) without dropout; its output head is tied to the embedding."""
 
     def __init__(self, config):
         super().__init__()
@@ -109,16 +108,19 @@ class GPT(nn.Module):
 
     def hidden(self, idx, positions=None, caches=None, mask=None):
         """Hidden states after the last norm, (B, T, D), of token ids idx (B, T)."""
-        if positions is None:
-            positions = torch.arange(idx.shape[1], device=idx.device)
-        x = self.wte(idx) + self.wpe(positions)
+        where = torch.arange(idx.shape[1], device=idx.device) if positions is None else positions
+        x = self.wte(idx) + self.wpe(where)
         for i, block in enumerate(self.h):
             x = block(x, caches[i] if caches else None, mask)
         return self.ln_f(x)
 
     def logits(self, hidden):
         """Next-token logits (..., V) of hidden states (..., D); suppressed tokens are -inf."""
-        return F.linear(hidden, self.wte.weight, self.suppress.to(hidden.dtype))
+        return padded_linear(hidden, self.wte.weight, self.suppress.to(hidden.dtype))
+
+    def logp(self, hidden, tokens):
+        """log pi, (n,) nats, of tokens (n,) at hidden states (n, D): what --fast compiles whole."""
+        return self.logits(hidden).log_softmax(-1).gather(1, tokens[:, None]).squeeze(1)
 
     def forward(self, idx):
         """Next-token logits at every position, (B, T, V)."""
@@ -126,8 +128,7 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name, **options):
-        """The policy in a folder of GPT-2's format, or of that name on the Hugging Face hub.
-        Raises InputError naming what is missing or what this GPT cannot compute."""
+        """The policy in a folder of GPT-2's format, or of a name on the hub. Raises InputError."""
         from utils.checkpoints import load_gpt
         return load_gpt(name, **options)
 
@@ -149,10 +150,9 @@ class KVCache:
         """Add keys and values (2, B, H, T, D/H); returns all of them so far."""
         if self.kv is None:
             self.kv = kv.new_empty(*kv.shape[:3], self.slots, kv.shape[4])
-        end = self.used + kv.shape[3]
-        self.kv[..., self.used:end, :] = kv
-        self.used = end
-        return self.kv[..., :end, :]
+        start, self.used = self.used, self.used + kv.shape[3]
+        self.kv[..., start:self.used, :] = kv
+        return self.kv[..., :self.used, :]
 
     def select(self, rows):
         """Keep these batch rows, in this order; a row may be named more than once."""
@@ -180,11 +180,12 @@ def generate(policy, prompts, n=1, temperature=1.0, max_new_tokens=None, generat
                          f"{max_new_tokens} new ones do not fit {config.n_positions} positions")
     # A long context makes a sample's caches large; then fewer are drawn side by side.
     floats = 2 * len(policy.h) * config.n_embd * (longest + max_new_tokens)
-    chunk = max(1, min(ROWS, CACHE_FLOATS // floats) // n)
+    chunk = max(1, min(ROWS, cache_floats(policy.device, CACHE_FLOATS) // floats) // n)
+    sample = generate_static if policy.device.type in STATIC else _generate
     responses = []
     for start in tqdm(range(0, len(prompts), chunk), desc=label, disable=None, leave=False):
         batch = collate([(prompt, []) for prompt in prompts[start:start + chunk]], policy.device)
-        tokens, lengths = _generate(policy, batch, n, temperature, max_new_tokens, generator)
+        tokens, lengths = sample(policy, batch, n, temperature, max_new_tokens, generator)
         ids = [row[:k] for row, k in zip(tokens.tolist(), lengths.tolist())]
         responses += [ids[i:i + n] for i in range(0, len(ids), n)]
     return responses
@@ -284,8 +285,7 @@ def logp_at(policy, batch, mask):
     """log pi(y_t | x, y_<t) of the tokens where mask, (B, T), is true: (n,) nats per token."""
     hidden = policy.hidden(batch.tokens)
     # The state before token t is at t - 1. A row of logits is V / D times as large as a state.
-    logp = policy.logits(hidden[:, :-1][mask[:, 1:]]).log_softmax(-1)
-    return logp.gather(1, batch.tokens[mask][:, None]).squeeze(1)
+    return policy.logp(hidden[:, :-1][mask[:, 1:]], batch.tokens[mask])
 
 
 def logp_token(policy, batch):
