@@ -119,7 +119,7 @@ def test_static_shapes_draw_the_same_tokens(n, eos, temperature, recorded, monke
     suppress = {} if eos else {"suppress_tokens": ()}
     policy = tiny(eos_token_id=eos, **suppress)
     for policy in (policy, TokenExtrapolation(policy, tiny(1, **suppress), 0.5, 0.1).double()):
-        plain = generate(policy, PROMPTS, n, temperature, 40, seeded(3))
+        plain = generate(policy, PROMPTS, n, temperature, 40, seeded(5))
         with monkeypatch.context() as patch:
             patch.setattr(m, "STATIC", {"cpu"})
             if recorded:
@@ -127,7 +127,7 @@ def test_static_shapes_draw_the_same_tokens(n, eos, temperature, recorded, monke
             new_empty = torch.Tensor.new_empty      # memory that nobody has written may hold nan
             patch.setattr(torch.Tensor, "new_empty",
                           lambda x, *shape: new_empty(x, *shape).fill_(math.nan))
-            static = generate(policy, PROMPTS, n, temperature, 40, seeded(3))
+            static = generate(policy, PROMPTS, n, temperature, 40, seeded(5))
         assert static == plain
         lengths = {len(y) for ys in plain for y in ys}
         assert lengths == {40} if eos is None else min(lengths) < max(lengths)
@@ -140,10 +140,10 @@ def test_static_sampling_ends_when_all_have_ended(monkeypatch):
     monkeypatch.setattr(m, "STATIC", {"cpu"})
     monkeypatch.setattr(model, "hidden", lambda *args, hidden=model.hidden: (
         steps.append(1), hidden(*args))[1])
-    ys = generate(model, PROMPTS, 4, max_new_tokens=43, generator=seeded(0))
+    ys = generate(model, PROMPTS, max_new_tokens=43, generator=seeded(5))
     longest = max(len(y) for row in ys for y in row)
     assert all(y[-1] == 1 for row in ys for y in row)
-    assert longest <= 32 and len(steps) == 1 + 16 * math.ceil(longest / 16)
+    assert 16 < longest <= 32 and len(steps) == 1 + 32      # the prompts once, then two sixteens
 
 
 # ---- TF32 and memory ----------------------------------------------------------------------------
