@@ -121,7 +121,7 @@ def plan(s):
     """(name, seconds on an H100 at most, function, its arguments) of each step, in order."""
     sizes = ((4, 1, 8, 16), (2, 4, 8, 4, 16)) if s.quick else (
         (128, 1, 32, 256), (16, 8, 192, 16, 64))
-    like_gpt2 = SMALL if s.quick else (
+    like_gpt2 = [*SMALL, "--methods", "none"] if s.quick else (
         "--n-embd 768 --n-layer 12 --n-samples 400 --n-prompts 40 --methods none --fast".split())
     return [("card", 20, card), ("logits", 20, agrees, "logits"),
             ("sampling", 15, agrees, "sampling"), ("training", 40, agrees, "training"),
@@ -129,7 +129,7 @@ def plan(s):
             *((f"step, {rung}", 15 + 45 * (i in (3, 4)), ladder, rung)
               for i, rung in enumerate(bench.RUNGS)),
             ("sample", 40, speed, "sample", *sizes[0]), ("score", 20, speed, "score", *sizes[1]),
-            ("demo", 40, run, "demo", *(SMALL if s.quick else ())),
+            ("demo", 40, run, "demo", *(like_gpt2 if s.quick else ())),
             ("demos", 90, demos, *like_gpt2)]
 
 
