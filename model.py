@@ -6,8 +6,7 @@ that the policy cannot write (`suppress_tokens`: padding, unknown words) has pro
 
 A pair is (prompt ids, response ids), two lists of int; a finished response ends with EOS. A batch
 is padded on the right. Masks come from lengths, never from a token's id, so padding may be any id
-and is not EOS. Causal attention lets no real token see the padding behind it: training needs no
-attention mask.
+and is not EOS. Causal attention lets no real token see the padding behind it.
 
 Shapes: B batch, T time (tokens), V vocabulary, D width, H heads, n samples of a prompt.
 """
@@ -19,6 +18,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
+
+from utils.cuda import STATIC, cache_floats, generate_static, padded_linear
 
 
 # ---- the transformer (names and layout of GPT-2) ------------------------------------------------
@@ -45,9 +46,8 @@ class Attention(nn.Module):
 
     def forward(self, x, cache=None, mask=None):
         B, T, D = x.shape
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, D // self.n_head)
-        qkv = qkv.permute(2, 0, 3, 1, 4)                # (3, B, H, T, D/H)
-        q, k, v = qkv
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, D // self.n_head).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv                                   # (B, H, T, D/H) each
         if cache is not None:
             k, v = cache.append(qkv[1:])                # (B, H, T so far, D/H)
         if T == 1 and cache is not None:
@@ -74,8 +74,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """GPT-2 (Radford et al. 2019) without dropout: learned positions, pre-norm blocks, tanh-GELU,
-    an output head tied to the embedding."""
+    """GPT-2 (Radford et al. 2019) without dropout; its output head is tied to the embedding."""
 
     def __init__(self, config):
         super().__init__()
@@ -118,7 +117,11 @@ class GPT(nn.Module):
 
     def logits(self, hidden):
         """Next-token logits (..., V) of hidden states (..., D); suppressed tokens are -inf."""
-        return F.linear(hidden, self.wte.weight, self.suppress.to(hidden.dtype))
+        return padded_linear(hidden, self.wte.weight, self.suppress.to(hidden.dtype))
+
+    def logp(self, hidden, tokens):
+        """log pi, (n,) nats, of tokens (n,) at hidden states (n, D): what --fast compiles whole."""
+        return self.logits(hidden).log_softmax(-1).gather(1, tokens[:, None]).squeeze(1)
 
     def forward(self, idx):
         """Next-token logits at every position, (B, T, V)."""
@@ -126,8 +129,7 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name, **options):
-        """The policy in a folder of GPT-2's format, or of that name on the Hugging Face hub.
-        Raises InputError naming what is missing or what this GPT cannot compute."""
+        """The policy in a folder of GPT-2's format, or of a name on the hub. Raises InputError."""
         from utils.checkpoints import load_gpt
         return load_gpt(name, **options)
 
@@ -178,11 +180,12 @@ def generate(policy, prompts, n=1, temperature=1.0, max_new_tokens=None, generat
                          f"{max_new_tokens} new ones do not fit {config.n_positions} positions")
     # A long context makes a sample's caches large; then fewer are drawn side by side.
     floats = 2 * len(policy.h) * config.n_embd * (longest + max_new_tokens)
-    chunk = max(1, min(ROWS, CACHE_FLOATS // floats) // n)
+    chunk = max(1, min(ROWS, cache_floats(policy.device, CACHE_FLOATS) // floats) // n)
+    sample = generate_static if policy.device.type in STATIC else _generate
     responses = []
     for start in tqdm(range(0, len(prompts), chunk), desc=label, disable=None, leave=False):
         batch = collate([(prompt, []) for prompt in prompts[start:start + chunk]], policy.device)
-        tokens, lengths = _generate(policy, batch, n, temperature, max_new_tokens, generator)
+        tokens, lengths = sample(policy, batch, n, temperature, max_new_tokens, generator)
         ids = [row[:k] for row, k in zip(tokens.tolist(), lengths.tolist())]
         responses += [ids[i:i + n] for i in range(0, len(ids), n)]
     return responses
@@ -196,11 +199,7 @@ def _generate(policy, batch, n, temperature, max_new_tokens, generator):
     tokens = torch.zeros(rows, max_new_tokens, dtype=torch.long, device=device)
     lengths = torch.full((rows,), max_new_tokens, device=device)
     alive = torch.arange(rows, device=device)       # the output row of each row still in the batch
-    # All are drawn beforehand: no sample depends on which others have ended. In float32 thousands
-    # of a large vocabulary's tokens could never be drawn. MPS has no float64.
-    exact = policy.config.vocab_size > SMALL_VOCABULARY and device.type != "mps"
-    uniform = torch.rand(max_new_tokens, rows, generator=generator, device=device,
-                         dtype=torch.float64 if exact else None)
+    uniform = uniform_numbers(policy, max_new_tokens, rows, generator=generator)
     for t in range(max_new_tokens):
         drawn = sample_logits(policy.logits(hidden) / temperature, uniform[t, alive])
         tokens[alive, t] = drawn
@@ -244,6 +243,14 @@ def _prefill(policy, batch, max_new_tokens, n):
     return last, caches, later
 
 
+def uniform_numbers(policy, *shape, generator):
+    """What the tokens are drawn with, all beforehand: no sample depends on which others ended."""
+    # In float32 thousands of a large vocabulary's tokens could never be drawn. MPS has no float64.
+    exact = policy.config.vocab_size > SMALL_VOCABULARY and policy.device.type != "mps"
+    return torch.rand(*shape, generator=generator, device=policy.device,
+                      dtype=torch.float64 if exact else None)
+
+
 def sample_logits(logits, uniform):
     """One token per row, (B,), drawn from softmax(logits), (B, V), by inverting the cumulative sum
     at uniform (B,) in [0, 1), in the wider precision. Probability zero is never drawn."""
@@ -284,8 +291,7 @@ def logp_at(policy, batch, mask):
     """log pi(y_t | x, y_<t) of the tokens where mask, (B, T), is true: (n,) nats per token."""
     hidden = policy.hidden(batch.tokens)
     # The state before token t is at t - 1. A row of logits is V / D times as large as a state.
-    logp = policy.logits(hidden[:, :-1][mask[:, 1:]]).log_softmax(-1)
-    return logp.gather(1, batch.tokens[mask][:, None]).squeeze(1)
+    return policy.logp(hidden[:, :-1][mask[:, 1:]], batch.tokens[mask])
 
 
 def logp_token(policy, batch):

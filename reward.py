@@ -177,6 +177,8 @@ class TokenExtrapolation(LogRatio):
         sft, ratio = self.logp_and_ratio(*hidden.chunk(2, -1))
         return sft + ratio / self.kl_coef
 
+    logp = GPT.logp
+
 
 # ---- online adversarial imitation ---------------------------------------------------------------
 

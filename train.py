@@ -50,7 +50,7 @@ def fit(model, items, loss_fn, config, rng, held_out=(), label="fit"):
 
     rng: random.Random, which shuffles the batches. Returns the history, a list of
     {step, loss, grad_norm[, held_out]}, losses in nats per term. Raises ValueError without items
-    and FloatingPointError, naming the step, where the loss or the gradient is not finite.
+    and what take_step raises.
     """
     if not items:
         raise ValueError(f"{label}: no data to train on")
@@ -59,7 +59,8 @@ def fit(model, items, loss_fn, config, rng, held_out=(), label="fit"):
                   for i in range(config.evaluations)}
     optimizer, trunk = make_optimizer(model, config), getattr(model, "trunk", model)
     if config.fast:
-        trunk.hidden = torch.compile(trunk.hidden, dynamic=True)
+        trunk.hidden, trunk.logp = (torch.compile(function, dynamic=True)
+                                    for function in (trunk.hidden, trunk.logp))
     batches, history, best, best_weights = [], [], math.inf, None
     for step in tqdm(range(steps), label, unit="step", disable=None, leave=False):
         if not batches:     # a new epoch: every item once, in a new order
@@ -73,11 +74,8 @@ def fit(model, items, loss_fn, config, rng, held_out=(), label="fit"):
         count = max(count, 1)           # a batch without a single target has no loss
         for p in model.parameters():    # ... and are divided once, by all terms of the batch:
             p.grad /= count             # no part's terms count more than another's
-        norm = take_step(model, optimizer, config, step, steps)
+        norm = take_step(model, optimizer, loss / count, config, step, steps, label)
         history.append({"step": step, "loss": loss / count, "grad_norm": norm})
-        if not math.isfinite(loss) or not math.isfinite(norm):
-            raise FloatingPointError(f"{label}: the loss is {loss / count}, its gradient's norm "
-                                     f"{norm}, at step {step}; a lower learning rate may help")
         if held_out and step in eval_steps:
             history[-1]["held_out"] = now = mean_loss(model, held_out, loss_fn, config)
             if now < best:      # the best weights are returned, not the last, overfitted ones
@@ -85,7 +83,7 @@ def fit(model, items, loss_fn, config, rng, held_out=(), label="fit"):
     if best_weights is not None:
         model.load_state_dict(best_weights)
     if config.fast:
-        del trunk.hidden        # the method of the class is seen again, without the compiler
+        del trunk.hidden, trunk.logp    # the class's methods are seen again, without the compiler
     return history
 
 
@@ -94,14 +92,18 @@ def make_optimizer(model, config):
                              fused=True)
 
 
-def take_step(model, optimizer, config, step, steps):
+def take_step(model, optimizer, loss, config, step, steps, label):
     """Step number `step` of `steps` down the gradient, clipped. Returns its norm before clipping.
 
-    Without the clip one odd batch could undo much of a run.
+    Without the clip one odd batch could undo much of a run. Raises FloatingPointError, naming the
+    step, where the loss or the gradient is not finite: no weight has changed by then.
     """
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(config, step, steps)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip).item()
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        raise FloatingPointError(f"{label}: the loss is {loss}, its gradient's norm {norm}, at "
+                                 f"step {step}; a lower learning rate may help")
     optimizer.step()
     optimizer.zero_grad()       # sets the gradients to None, so that they take no memory after
     return norm
@@ -255,14 +257,11 @@ def optimise_policy(sft, reward, draw, config, kl_coef, label="policy"):
         loss = policy_gradient_loss(logp, logp_sft, rewards, batch.response_mask(), kl_coef,
                                     config.samples)
         loss.backward()
-        norm = take_step(policy, optimizer, config, step, config.steps)
+        norm = take_step(policy, optimizer, loss.item(), config, step, config.steps, label)
         history.append({"step": step, "loss": loss.item(), "grad_norm": norm,
                         "proxy": rewards.sum(1).mean().item(),
                         "kl": (logp - logp_sft).sum(1).mean().item(),
                         "entropy": -logp.sum(1).mean().item()})
-        if not math.isfinite(norm):
-            raise FloatingPointError(f"{label}: the gradient's norm is {norm} at step {step}; a "
-                                     "lower learning rate may help")
     return policy, history
 
 

@@ -22,10 +22,12 @@ import statistics
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib import metadata
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +38,7 @@ import train                                                                # no
 from divergences import sft_loss                                            # noqa: E402
 from model import GPT, GPTConfig, collate, generate, logp_at                # noqa: E402
 from reward import RewardModel, score                                       # noqa: E402
-from utils import cli                                                       # noqa: E402
+from utils import cli, cuda                                                 # noqa: E402
 from utils.cli import setting                                               # noqa: E402
 
 TRANSFORMERS = next((d.version for d in metadata.distributions(name="transformers")), None)
@@ -174,6 +176,72 @@ def score_case(config, device, P, n, T, *response):
                                         pairs, device)}
 
 
+# ---- the ladder of a GPU's training step (tests/on_gpu.py) ---------------------------------------
+
+RUNGS = ("float32", "TF32", "bfloat16", "compiled", "padded vocabulary", "fused AdamW")
+PEAKS = {"H100": 989e12, "H200": 989e12}    # dense bfloat16 FLOP/s of the SXM cards, by data sheet
+no_compiler = mock.patch("torch.compile", lambda function, dynamic: function)
+
+
+def ladder(config, device, rung, B, T, steps):
+    """Steps of `fit` with B texts of T tokens, as fast as this rung and those before it make them.
+
+    Returns seconds a step without the first four, which compile and warm up; tokens/s; the losses;
+    and MFU, the share of the card's FLOP/s that 6 N + 12 L D T a token take (arXiv:2204.02311, N
+    weights without positions, L layers, width D), nan for a card that is not in PEAKS.
+    """
+    on = {name: i <= RUNGS.index(rung) for i, name in enumerate(RUNGS)}
+    rng, clock, take_step = random.Random(0), [], train.take_step
+    items = [(([], random_ids(rng, config, T, T)),) for _ in range(B * steps)]
+    torch.manual_seed(0)
+    policy = GPT(config).to(device)
+
+    def timed(*args):       # a step reads its gradient's norm: it waits for the GPU by itself
+        norm = take_step(*args)
+        clock.append(time.perf_counter())
+        return norm
+
+    def plain_adamw(model, s):
+        return torch.optim.AdamW(model.parameters(), s.lr, (0.9, s.beta2), weight_decay=0.0)
+    torch.set_float32_matmul_precision("high" if on["TF32"] else "highest")
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(train, "take_step", timed))
+        stack.enter_context(mock.patch.dict(
+            cuda.COLUMNS, {device.type: 64 if on["padded vocabulary"] else 1}))
+        if not on["compiled"]:
+            stack.enter_context(no_compiler)
+        if not on["fused AdamW"]:
+            stack.enter_context(mock.patch.object(train, "make_optimizer", plain_adamw))
+        history, peak = peak_mb(device, train.fit, policy, items, our_loss, train.TrainConfig(
+            batch_size=B, micro_tokens=B * T, fast=on["bfloat16"]), random.Random(0))
+    times = [b - a for a, b in zip(clock[3:], clock[4:])]
+    weights = sum(p.numel() for p in policy.parameters()) - policy.wpe.weight.numel()
+    flops = B * T * (6 * weights + 12 * config.n_layer * config.n_embd * T)
+    card = torch.cuda.get_device_name() if device.type == "cuda" else ""
+    promised = next((peak for name, peak in PEAKS.items() if name in card), math.nan)
+    seconds = statistics.median(times)
+    return {"seconds": seconds, "min": min(times), "max": max(times), "peak_mb": peak,
+            "mfu": flops / seconds / promised, "tokens_per_second": B * T / seconds,
+            "loss": [record["loss"] for record in history]}
+
+
+def beside(config, device, part, shape):
+    """Ours and transformers', and of sampling also ours with shapes that grow: take_turns with
+    float32 as TF32, and the peak of memory beyond all the models."""
+    torch.set_float32_matmul_precision("high")
+    tokens, make = CASES[part](config, device, *shape)
+    calls = {name: make[name]() for name in make
+             if name != "recompute" and (TRANSFORMERS or name != "transformers")}
+    if part == "sample":
+        calls["growing"] = mock.patch("model.STATIC", ())(calls["ours"])
+    peaks = {name: peak_mb(device, call)[1] for name, call in calls.items()}
+    times = take_turns(calls, 3, device)
+    return {name: {"seconds": statistics.median(took), "min": min(took), "max": max(took),
+                   "ratio": statistics.median(took) / statistics.median(times["ours"]),
+                   "tokens_per_second": tokens / statistics.median(took), "peak_mb": peaks[name]}
+            for name, took in times.items()}
+
+
 CASES = {"train": train_case, "sample": sample_case, "score": score_case}
 
 
@@ -208,6 +276,16 @@ def peak_of(part, size, shape, name, device):
     CASES[part](SIZES[size][0], device, *shape)[1][name]()()
     cuda = device.type == "cuda"
     return torch.cuda.max_memory_allocated() / 2 ** 20 if cuda else peak_rss() - held
+
+
+def peak_mb(device, function, *args):
+    """(what the call returns, what it adds to a GPU's memory at its peak, MB; nan on a CPU)."""
+    if device.type != "cuda":
+        return function(*args), math.nan
+    torch.cuda.reset_peak_memory_stats()
+    held = torch.cuda.memory_allocated()
+    result = function(*args)
+    return result, (torch.cuda.max_memory_allocated() - held) / 2 ** 20
 
 
 def measure(part, size, shape, s, device):

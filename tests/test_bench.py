@@ -78,3 +78,14 @@ def test_implementations_take_turns():
     times = bench.take_turns({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 2,
                              CPU)
     assert order == list("ababab") and [len(t) for t in times.values()] == [2, 2]
+
+
+def test_mfu_counts_a_step_s_products_by_hand(monkeypatch):
+    """6 N + 12 L D T a token, at a card of 1e9 FLOP/s. A failure means that a share of a card is
+    reported which no other program's can be compared with."""
+    monkeypatch.setattr(bench, "PEAKS", {"": 1e9})
+    rung = bench.ladder(TINY, CPU, "float32", 2, 8, 6)
+    block = 2 * 16 + (8 * 24 + 24) + (8 * 8 + 8) + (8 * 32 + 32) + (32 * 8 + 8)
+    flops = 2 * 8 * (6 * (20 * 8 + block + 16) + 12 * 1 * 8 * 8)
+    assert rung["mfu"] * rung["seconds"] * 1e9 == pytest.approx(flops)
+    assert len(rung["loss"]) == 6 and rung["tokens_per_second"] == 16 / rung["seconds"]

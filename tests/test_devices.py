@@ -12,6 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 import afd
+import model
+from utils import cuda
 
 AWAY = torch.device("meta")     # a device of every build of torch; nothing real is on it here
 MAY_CROSS = {"copy_", "_to_copy"}
@@ -108,9 +110,13 @@ def test_the_other_device_is_another(elsewhere):
 
 
 @pytest.mark.parametrize("head", ["sum", "last"])
-def test_afd_runs_elsewhere(head, elsewhere, tmp_path):
-    """All reward models and all methods; resumed, it reads back what it saved. A failure means a
-    tensor that stayed behind on the CPU: the run would stop there on a GPU."""
+def test_afd_runs_elsewhere(head, elsewhere, tmp_path, monkeypatch):
+    """All reward models and all methods; resumed, it reads back what it saved. One run samples with
+    static shapes and pads its vocabulary, as on CUDA, the other does neither, as on MPS. A failure
+    means a tensor that stayed behind on the CPU: the run would stop there on a GPU."""
+    if head == "sum":
+        monkeypatch.setitem(cuda.COLUMNS, "meta", 64)
+        monkeypatch.setattr(model, "STATIC", {"meta"})
     flags = ("--n-corpus 48 --n-demos 24 --n-samples 16 --n-prompts 2 --n-candidates 2 "
              "--policy-steps 1 --n-embd 16 --n-layer 1 --methods").split()
     flags += ["all" if head == "sum" else "po init-sft 0.3", "--head", head, "--out", str(tmp_path)]

@@ -226,8 +226,8 @@ def test_a_step_is_clipped():
     before = flat(model.parameters())
     for p in model.parameters():
         p.grad = torch.full_like(p, 100.0)
-    norm = train.take_step(model, torch.optim.SGD(model.parameters()),
-                           TrainConfig(lr=1.0, clip=0.5), 0, 1)
+    norm = train.take_step(model, torch.optim.SGD(model.parameters()), 1.0,
+                           TrainConfig(lr=1.0, clip=0.5), 0, 1, "a stage")
     assert norm == pytest.approx(100 * math.sqrt(len(before)))
     assert (flat(model.parameters()) - before).norm().item() == pytest.approx(0.5, rel=1e-5)
 
@@ -318,31 +318,40 @@ def test_without_data_there_is_no_training():
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_what_is_not_finite_stops_the_run_and_names_the_step(what):
-    """A failure means that a run goes on with nan for weights, or that nobody knows since when."""
-    calls = []
+    """Before a weight has changed. A failure means that a run goes on with nan for weights, that
+    nobody knows since when, or that the last good ones are lost."""
+    model, calls, last = tiny(), [], []
 
     def loss_fn(model, items):
         calls.append(1)
         loss, count = nll(model, items)
+        last[:] = [flat(model.parameters())]
         if len(calls) == 3:     # the root's slope at zero is infinite, the loss is not
             loss = loss * math.nan if what == "loss" else loss + (loss - loss.detach()).sqrt()
         return loss, count
     with pytest.raises(FloatingPointError, match="some stage.*at step 2"):
-        fit(tiny(), [(([2], [3]),)] * 64, loss_fn, TrainConfig(batch_size=8), random.Random(0),
+        fit(model, [(([2], [3]),)] * 64, loss_fn, TrainConfig(batch_size=8), random.Random(0),
             label="some stage")
+    assert len(calls) == 3 and torch.equal(flat(model.parameters()), *last)
 
 
 def test_a_policy_that_diverges_stops_and_names_the_step():
-    """The same in policy optimisation, where it is the reward that goes wrong."""
+    """The same in policy optimisation, where it is the reward that goes wrong: nobody samples from
+    weights that are nan."""
+    weights = []
+
     class Reward:
         calls = 0
 
         def token_rewards(self, batch):
             self.calls += 1
             return torch.full(batch.tokens.shape, math.inf if self.calls == 2 else 1.0)
+    def draw(policy):
+        weights.append(policy)
+        return [([2], [3]), ([2], [4])]
     with pytest.raises(FloatingPointError, match="some stage.*at step 1"):
-        optimise_policy(tiny(), Reward(), lambda policy: [([2], [3]), ([2], [4])],
-                        PolicyConfig(samples=2, steps=3), 0.1, "some stage")
+        optimise_policy(tiny(), Reward(), draw, PolicyConfig(samples=2, steps=3), 0.1, "some stage")
+    assert flat(weights[-1].parameters()).isfinite().all() and len(weights) == 2
 
 
 # ---- data ---------------------------------------------------------------------------------------
@@ -401,22 +410,25 @@ def fast(config, **more):
     return TrainConfig(**{**vars(config), "fast": True, **more})
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward"])
-def test_fast_is_autocast_of_the_same_loss(stage, gradients, monkeypatch):
+def train_on(items, config, dtype=torch.float64):
+    """(the model, its history): fine-tuned on items of one pair, a reward model on items of two."""
+    if len(items[0]) == 1:
+        return fine_tune(tiny(suppress_tokens=(0, 1)).to(dtype), [pair for (pair,) in items], [],
+                         config, random.Random(0))
+    return train_reward(tiny_reward().to(dtype), items, [], discriminator_loss, config,
+                        random.Random(0))
+
+
+@pytest.mark.parametrize("pairs", [1, 2])
+def test_fast_is_autocast_of_the_same_loss(pairs, gradients, monkeypatch):
     """Loss and gradient to bfloat16's eight bits of those in float32, and yet not they; gradients
     and weights stay in float32, in which small steps add up. A failure means that --fast trains
     something else, or nothing fast."""
     monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
-    items = make_items(20, 1 if stage == "sft" else 2)
-
-    def run(config):
-        if stage == "sft":
-            return fine_tune(tiny(suppress_tokens=(0, 1)).float(), [pair for (pair,) in items], [],
-                             config, random.Random(0))
-        return train_reward(tiny_reward().float(), items, [], discriminator_loss, config,
-                            random.Random(0))
+    items = make_items(20, pairs)
     config = one_step(items)
-    (_, exact), (model, low) = run(config), run(fast(config))
+    (_, exact), (model, low) = (train_on(items, plan, torch.float32)
+                                for plan in (config, fast(config)))
     assert low[0]["loss"] == pytest.approx(exact[0]["loss"], rel=0.01)
     assert low[0]["loss"] != exact[0]["loss"]
     assert 0 < (gradients[1] - gradients[0]).norm() < 0.03 * gradients[0].norm()
@@ -441,18 +453,30 @@ def test_policy_optimisation_in_bfloat16():
     assert 0 < difference.norm() < 0.3 * step and difference.dtype == torch.float32
 
 
-def test_what_is_compiled_computes_the_same(gradients, monkeypatch):
+@pytest.mark.parametrize("pairs", [1, 2])
+def test_what_is_compiled_computes_the_same(pairs, gradients, monkeypatch):
     """torch.compile's own tracing and gradients, without its C++ and without bfloat16: batches of
-    several shapes share one trace. A failure means that the compiled model is another one."""
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    several shapes share a trace. One graph holds the blocks; for a policy another one holds the
+    logits with their log-probabilities, which a break into Python would split. A failure means that
+    the compiled model is another one, or that a part of it is not compiled."""
+    graphs = []
+
+    def backend(module, inputs):
+        graphs.append(" ".join(str(node.target) for node in module.graph.nodes))
+        return torch._dynamo.lookup_backend("aot_eager")(module, inputs)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
     monkeypatch.setattr(train, "autocast", lambda model, config: torch.autocast("cpu",
                                                                                 enabled=False))
-    items, config = make_items(28, 2), TrainConfig(batch_size=9)
+    torch._dynamo.reset()       # else a graph of an earlier test might serve
+    items, config = make_items(28, pairs), TrainConfig(batch_size=9)
     for plan in (config, fast(config)):
-        train_reward(tiny_reward(), items, [], discriminator_loss, plan, random.Random(0))
+        train_on(items, plan)
     assert len(gradients) == 8
     for a, b in zip(gradients[:4], gradients[4:]):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
+    heads = [graph for graph in graphs if "scaled_dot_product" not in graph]
+    assert all(word in graph for graph in heads for word in ("linear", "log_softmax", "gather"))
+    assert bool(heads) == (pairs == 1) and len(heads) < len(graphs)
 
 
 def test_the_compiler_is_for_training_alone(monkeypatch):
@@ -462,10 +486,13 @@ def test_the_compiler_is_for_training_alone(monkeypatch):
 
     def compile(function, dynamic):
         calls.append("compiled")
-        return lambda *args: calls.append("used") or function(*args)
+        return lambda *args: calls.append(function.__name__) or function(*args)
     monkeypatch.setattr(torch, "compile", compile)
-    reward = tiny_reward()
-    train_reward(reward, make_items(8, 2), [], discriminator_loss, fast(TrainConfig(batch_size=4)),
-                 random.Random(0))
-    assert calls == ["compiled", "used", "used"]
-    assert "hidden" not in vars(reward.trunk) and "hidden" not in vars(copy.deepcopy(reward.trunk))
+    items, config = make_items(8, 2), fast(TrainConfig(batch_size=4))
+    reward, _ = train_on(items, config)
+    assert calls == ["compiled"] * 2 + ["hidden"] * 2
+    calls.clear()
+    policy, _ = train_on([(better,) for better, _ in items], config)
+    assert calls == ["compiled"] * 2 + ["hidden", "logp"] * 2
+    for model in (reward.trunk, policy, copy.deepcopy(policy)):
+        assert not {"hidden", "logp"} & {*vars(model)}

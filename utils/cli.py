@@ -114,7 +114,8 @@ def run_script(main):
 def choose_device(name):
     """torch.device of a --device flag; "auto" takes CUDA, then MPS, then the CPU.
 
-    Raises InputError for a device that is not there.
+    On CUDA float32 matrix products are TF32 from now on. Raises InputError for a device that is not
+    there.
     """
     found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     available = [*(kind for kind, there in found.items() if there), "cpu"]
@@ -123,9 +124,12 @@ def choose_device(name):
     require(name.split(":")[0] in available,
             f"no device {name!r} here; available: {', '.join(available)}")
     try:
-        return torch.zeros(1, device=name).device
+        device = torch.zeros(1, device=name).device
     except RuntimeError as error:
         raise InputError(f"no device {name!r} here") from error
+    if device.type == "cuda":       # Their factors are rounded to ten bits of fraction.
+        torch.set_float32_matmul_precision("high")
+    return device
 
 
 def in_threads(function, jobs, device):
