@@ -15,18 +15,18 @@ Known dynamics, which in the token MDP are concatenation, are worth most with on
 With a hundred hardly a state is unseen, and cloning is as good or slightly better: matching also
 copies the luck of the sample. Run `python -m toy_envs.gridworld`.
 
-Shapes: T horizon, S states, A actions; B any leading batch (seeds, numbers of demonstrations).
-Time-indexed arrays follow the published recurrences: V[t,s], Q[t,s,a], policy[t,s,a] = pi_t(a|s),
-occupancy[t,s,a] = P(s_t = s, a_t = a), which sums to T. P[s,a,s'], start[s]; all float64, all
-expectations computed: only the walks are sampled.
+The world itself and its dynamic programming are in grids.py, with the shapes. Here any leading
+batch is (seeds, numbers of demonstrations). All expectations are computed: only the walks are
+sampled.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch.nn.functional import softplus
 
+from toy_envs.grids import (MOVES, advantage, draw_map, empirical_occupancy, marked, occupancy,
+                            over_time, read_map, sample_walks, soft_value_iteration)
 from utils.cli import InputError, make_folder, parse_settings, require, run_script, setting
 from utils.evaluate import mean_ci
 from utils.plots import COLORS, pyplot, write_world
@@ -40,7 +40,6 @@ MAP = ("....u....",
        "...xxx...",
        "....l....",
        "....l....")
-MOVES = ((-1, 0), (0, 1), (1, 0), (0, -1))  # up, right, down, left as (row, column)
 MAX_ENTRIES = 5_000_000  # of one policy[B,t,s,a]: a run holds about a dozen arrays of this size
 STEP = 0.1      # of occupancy matching, in logits per unit of advantage; at 0.5 it oscillates
 FLOOR = 0.01    # of the discriminator's counts, in steps per walk: one step in a hundred walks
@@ -57,96 +56,6 @@ class Settings:
     out: str = setting("out/gridworld", "folder for gridworld.png and results.json")
 
 
-# ---- the world ----------------------------------------------------------------------------------
-
-@dataclass(frozen=True)
-class World:
-    """A finite MDP; golden (S,) is the reward per step spent in a state, unknown to the learners.
-
-    The goal pays 1 and lava -1 per step; both are absorbing and an episode always lasts T steps:
-    nothing is gained by ending it early, and to arrive sooner is to earn more.
-    """
-    P: torch.Tensor
-    start: torch.Tensor
-    golden: torch.Tensor
-    cells: str          # the map, row by row
-    width: int
-
-
-def read_map(rows, slip):
-    """The World of a character map: with probability slip a move goes to one of its two sides.
-
-    rows: equally long strings of the characters above; a move off the map stays where it is.
-    """
-    cells, width = "".join(rows), len(rows[0])
-    P = torch.zeros(len(cells), len(MOVES), len(cells), dtype=torch.float64)
-    for s, cell in enumerate(cells):
-        for direction, (down, right) in enumerate(MOVES):
-            row, column = s // width + down, s % width + right
-            inside = 0 <= row < len(rows) and 0 <= column < width
-            to = row * width + column if inside and cell not in "xG" else s
-            P[s, direction, to] += 1 - slip
-            for turn in (1, -1):    # whoever means to go to a side may slip into this direction
-                P[s, (direction + turn) % 4, to] += slip / 2
-    return World(P, marked(cells, "S"), marked(cells, "G") - marked(cells, "x"), cells, width)
-
-
-def marked(cells, characters):
-    """1.0 at the cells that hold one of the characters, 0.0 elsewhere: (S,)."""
-    return torch.tensor([float(cell in characters) for cell in cells], dtype=torch.float64)
-
-
-# ---- the method: dynamic programming ------------------------------------------------------------
-
-def occupancy(P, start, policy):
-    """How often each state and action come up at each time: the forward recurrence.
-
-    rho[t,s,a] = mu_t(s) pi_t(a|s),  mu_0 = start,  mu_{t+1}(s') = sum_{s,a} rho[t,s,a] P[s,a,s'].
-    policy (..., T, S, A) -> the same shape; each t sums to one, all of it to T (no discount).
-    """
-    mu, steps = start, []
-    for pi in policy.unbind(-3):
-        steps.append(mu[..., None] * pi)
-        mu = torch.tensordot(steps[-1], P, dims=2)  # over s and a
-    return torch.stack(steps, dim=-3)
-
-
-def advantage(P, reward, policy):
-    """A[t,s,a] = Q[t,s,a] - V[t,s] of a policy, by the backward recurrence.
-
-    Q[t,s,a] = r(s,a) + E[V[t+1,s'] | s,a],  V[t,s] = sum_a pi_t(a|s) Q[t,s,a],  V[T] = 0.
-    reward (..., S, A), policy (..., T, S, A) -> (..., T, S, A).
-    """
-    V, steps = torch.zeros_like(reward[..., 0]), []
-    for pi in reversed(policy.unbind(-3)):      # V[T] is known, so the last step comes first
-        Q = reward + torch.einsum("sap,...p->...sa", P, V)
-        V = (pi * Q).sum(-1)
-        steps.append(Q - V[..., None])
-    return torch.stack(steps[::-1], dim=-3)
-
-
-def soft_value_iteration(P, reward, horizon, temperature=1.0):
-    """The policy of maximal return plus temperature times entropy, by soft value iteration.
-
-    Q as in advantage,  V[t,s] = tau logsumexp_a Q[t,s,a] / tau,  pi_t(a|s) = exp((Q - V) / tau).
-    With chance in the dynamics this is *causal* entropy (Ziebart, Bagnell & Dey, ICML 2010): the
-    paper of 2008 weighs whole paths and so credits a policy with luck; without slip they agree.
-    reward (..., S, A) -> V (..., T, S) and policy (..., T, S, A).
-    """
-    V, values, policies = torch.zeros_like(reward[..., 0]), [], []
-    for _ in range(horizon):
-        Q = reward + torch.einsum("sap,...p->...sa", P, V)
-        V = temperature * torch.logsumexp(Q / temperature, -1)
-        values.append(V)
-        policies.append(torch.exp((Q - V[..., None]) / temperature))
-    return torch.stack(values[::-1], dim=-2), torch.stack(policies[::-1], dim=-3)
-
-
-def over_time(policy, T):
-    """The same policy at every step: (..., S, A) -> (..., T, S, A)."""
-    return policy[..., None, :, :].expand(*policy.shape[:-2], T, *policy.shape[-2:])
-
-
 # ---- the demonstrator ---------------------------------------------------------------------------
 
 def route_policies(world, horizon, temperature=0.2):
@@ -155,31 +64,6 @@ def route_policies(world, horizon, temperature=0.2):
     gates = torch.stack([marked(world.cells, "l"), marked(world.cells, "u")])
     reward = (world.golden - gates)[..., None].expand(-1, -1, len(MOVES))
     return soft_value_iteration(world.P, reward, horizon, temperature)[1]
-
-
-def sample_walks(P, start, policies, shape, generator):
-    """Draw walks, each by one of the K policies (K, T, S, A) chosen evenly at its start.
-
-    Returns states and actions, both (*shape, T), int64.
-    """
-    n, T = math.prod(shape), policies.shape[1]
-    route = torch.randint(len(policies), (n,), generator=generator)
-    s = torch.multinomial(start, n, replacement=True, generator=generator)
-    states, actions = [], []
-    for t in range(T):
-        a = torch.multinomial(policies[route, t, s], 1, generator=generator)[:, 0]
-        states.append(s)
-        actions.append(a)
-        s = torch.multinomial(P[s, a], 1, generator=generator)[:, 0]
-    return torch.stack(states, -1).reshape(*shape, T), torch.stack(actions, -1).reshape(*shape, T)
-
-
-def empirical_occupancy(states, actions, S, A):
-    """Steps per walk spent in each (s,a), mean over walks: (..., n, T) -> (..., S, A), sum T."""
-    index = (states * A + actions).flatten(-2)
-    count = torch.zeros(*index.shape[:-1], S * A, dtype=torch.float64)
-    count.scatter_add_(-1, index, torch.ones_like(index, dtype=torch.float64))
-    return count.unflatten(-1, (S, A)) / states.shape[-2]
 
 
 # ---- the method: three ways to learn from demonstrations -----------------------------------------
@@ -341,18 +225,6 @@ def print_tables(summary, expert, counts):
                      for mean, half in zip(*measures[measure])]
             print(f"{name:14}" + "".join(f"{cell:>13}" for cell in cells))
         print()
-
-
-def draw_map(ax, world, values, title, seen=None, **colours):
-    """One map of values (S,), with S, G, the lava and dots on the cells seen (S,)."""
-    ax.imshow(values.reshape(-1, world.width), aspect="auto", **colours)
-    for s, cell in enumerate(world.cells):
-        if cell in "SGx" or (seen is not None and seen[s]):
-            mark = {"S": "S", "G": "G", "x": "×"}.get(cell, "•")
-            ax.text(s % world.width, s // world.width, mark, ha="center", va="center",
-                    weight="bold", color=COLORS["sft-demo" if cell == "x" else "demo"])
-    ax.set(title=title, xticks=[], yticks=[])
-    ax.grid(False)
 
 
 def draw_maps(figure, world, scores, expert, maps, counts):
