@@ -125,11 +125,11 @@ def q_learning(world, s, reward, potential, after, relabel, start=0.0):
             update(x, actions[t], goals[:, t + 1] * S + states[t + 1], ~end[states[t]])
         states = torch.stack(states, 1)
         taken = (~end[states[:, :-1]]).sum(1)
-        again = (torch.rand(2, s.horizon, B, generator=generator) * taken).long()
-        for t, other in again.unbind(1):
-            x, x_next = (states[row, t + k] + S * torch.where(relabel, states[row, other + k],
-                                                              goals[row, t + k]) for k in (0, 1))
-            update(x, actions[t, row], x_next)
+        again = torch.rand(2, s.horizon, B, generator=generator)
+        for t, other in zip((again[0] * taken).long(), (again[1] * (taken + 1)).long()):
+            g, g_next = (torch.where(relabel, states[row, (other + k).clamp(max=s.horizon)],
+                                     goals[row, t + k]) for k in (0, 1))
+            update(g * S + states[row, t], actions[t, row], g_next * S + states[row, t + 1])
         yield lambda t, at: values(goals[:, t] * S + at), states, taken
 
 
@@ -228,7 +228,7 @@ def draw(exact, learned):
         left.errorbar(WEIGHTS, *zip(*exact["reward"][kind]), color=COLORS[looks[kind][0]],
                       marker=looks[kind][1], label=f"as reward, {kind}")
     left.plot(WEIGHTS, [mean for mean, _ in exact["potential"]["wrong goal"]], "k--",
-              label="as potential, all three")
+              zorder=3, label="as potential, all three")
     methods = [*dict.fromkeys(name.partition(": ")[0] for name in learned)]
     for name, (steps, _, last) in learned.items():
         method, _, kind = name.partition(": ")
@@ -238,8 +238,8 @@ def draw(exact, learned):
     left.set(xscale="log", xlabel=r"weight $\lambda$ of the demonstrations' log-density",
              ylabel="golden return of the exact optimum (1: the best)",
              title="a reward moves the optimum, a potential never")
-    left.legend(loc="lower left")
-    right.set(xscale="log", xlim=(5, None), ylim=(len(methods) - 0.5, -0.5),
+    left.legend(loc=(0.02, 0.1))
+    right.set(xscale="log", xlim=(1, None), ylim=(len(methods) - 0.5, -0.5),
               yticks=range(len(methods)), yticklabels=methods,
               xlabel="steps until 95% of the best (hollow: not kept to the end)",
               title="what demonstrations save or cost Q-learning")
