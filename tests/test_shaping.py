@@ -13,7 +13,7 @@ from utils.cli import InputError, parse_settings, run_script
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SLIPPERY, WORLD = read_map(g.MAP, slip=0.2), read_map(g.MAP, slip=0)
-SMALL = read_map(("S..", "...", "..G"), slip=0)
+SMALL, TINY = read_map(("S..", "...", "..G"), slip=0), read_map(("S.", ".G"), slip=0)
 GAMMA, T, S, A = g.DISCOUNT, 40, 81, 4
 
 
@@ -137,12 +137,11 @@ def test_densities_are_counts_with_a_floor():
 
 # ---- Q-learning ---------------------------------------------------------------------------------
 
-def learners(B, G, seed=5):
+def learners(world, B, G, seed=5):
     """Random potentials, random goals: reward, potential, after, relabel, as q_learning takes."""
-    reward = (SMALL.golden - 1)[:, None].expand(B, G, 9, 4).contiguous()
-    generator = torch.Generator().manual_seed(seed)
-    after = torch.randint(G, (B, G), generator=generator)
-    return reward, randn(B, G, 9, 4, seed=seed), after, torch.arange(B) % 2 == 0
+    reward = (world.golden - 1)[:, None].expand(B, G, -1, 4).contiguous()
+    after = torch.randint(G, (B, G), generator=torch.Generator().manual_seed(seed))
+    return reward, randn(*reward.shape, seed=seed), after, (torch.arange(B) % 2 == 0) & (G > 1)
 
 
 def test_wiewiora_a_potential_is_a_start_of_the_table(monkeypatch):
@@ -155,15 +154,15 @@ def test_wiewiora_a_potential_is_a_start_of_the_table(monkeypatch):
     for G, rate in ((1, 1.0), (9, 1.0), (9, 0.3)):
         monkeypatch.setattr(g, "RATE", rate)
         s = g.Settings(episodes=20, horizon=12)
-        reward, phi, after, relabel = learners(6, G)
+        reward, phi, after, relabel = learners(SMALL, 6, G)
         # Two moves against one wall would tie, and rounding would choose between them.
-        reward, relabel = reward + 0.1 * randn(*reward.shape), relabel & (G > 1)
+        reward = reward + 0.1 * randn(*reward.shape)
         shaped = g.q_learning(SMALL, s, reward, phi, after, relabel)
         started = g.q_learning(SMALL, s, reward, 0 * phi, after, relabel, start=phi)
         moved = 0
         for (mine, states, steps), (other, others, _) in zip(shaped, started):
             assert torch.equal(states, others)
-            for t in range(s.horizon):
+            for t in (0, 3, 11):
                 for cell in range(9):
                     at = torch.full((6,), cell)
                     assert (mine(t, at) - other(t, at)).abs().max() < 1e-10
@@ -171,22 +170,22 @@ def test_wiewiora_a_potential_is_a_start_of_the_table(monkeypatch):
         assert moved > 6 * 20 * 3
 
 
-@pytest.mark.parametrize("G", [1, 9])
+@pytest.mark.parametrize("G", [1, 4])
 def test_q_learning_finds_the_optimum_under_any_potential(G, monkeypatch):
-    """On 3 x 3 cells -(1 - gamma^4)/(1 - gamma), the value of four steps, by random walks.
+    """On 2 x 2 cells -(1 + gamma), the value of two steps, to 1e-10, from random walks.
 
-    Failing: Q-learning is wrong, or a potential, a goal or a relabelled goal biases it.
+    Failing: Q-learning is wrong, or a potential, a goal or a relabelled goal biases it; for example
+    goals may be invented whose own values are never learned.
     """
     monkeypatch.setattr(g, "EPSILON", 1.0)
-    s = g.Settings(episodes=200, horizon=20)
-    reward, phi, after, relabel = learners(6, G)
-    relabel = relabel & (G > 1)
-    for values, states, steps in g.q_learning(SMALL, s, reward, phi, after, relabel):
-        arrived = states[:, -1] == 8
-        assert (steps[~arrived] == 20).all() and (steps >= 4).all()
-    best = values(0, torch.zeros(6, dtype=torch.long)).amax(-1)
-    assert (best + (1 - GAMMA ** 4) / (1 - GAMMA)).abs().max() < 1e-6
-    assert torch.equal(g.walk_greedily(SMALL, values, 6, 20), torch.ones(6).double())
+    s = g.Settings(episodes=400, horizon=8)
+    reward, phi, after, relabel = learners(TINY, 8, G)
+    for values, states, steps in g.q_learning(TINY, s, reward, phi, after, relabel):
+        arrived = states[:, -1] == 3
+        assert (steps[~arrived] == 8).all() and (steps >= 2).all()
+    best = values(0, torch.zeros(8, dtype=torch.long)).amax(-1)
+    assert (best + 1 + GAMMA).abs().max() < 1e-10
+    assert torch.equal(g.walk_greedily(TINY, values, 8, 8), torch.ones(8).double())
 
 
 def test_scaled_returns_by_hand():
