@@ -313,7 +313,9 @@ def draw_frontier(data, worlds, path):
         demo = np.mean([*values(data, group, "demonstrations").values()])
         for axis, family in ((left, "best-of-N"), (right, "policies, one sample each")):
             axis.axhline(demo, color="#555555", linewidth=1, linestyle=":", label="demonstrations")
-            axis.set(xscale="log", xlim=(0.1, 5), title=f"{title}: {family}")
+            axis.set(xscale="log", xlim=(0.1, 8), title=f"{title}: {family}",
+                     xticks=(0.1, 0.3, 1, 3), xticklabels=("0.1", "0.3", "1", "3"))
+            axis.minorticks_off()
         left.set_ylabel(TRUTH)
     for axis in axes[-1]:
         axis.set_xlabel("KL from pi_SFT, nats")
@@ -383,12 +385,10 @@ def draw_floors(data, path):
             mean, half = np.array([mean_ci(column) for column in columns]).T
             axis.errorbar(range(len(ALPHAS)), mean, half, fmt=style, markersize=4, capsize=2,
                           color=color, label=label)
-        axis.set(xticks=range(len(ALPHAS)), xticklabels=ALPHAS, xlabel="floor alpha")
+        axis.set(xticks=range(len(ALPHAS)), xlabel="floor alpha",
+                 xticklabels=("0\nlog-ratio", *ALPHAS[1:-1], "1\nsharpening"))
     axes[0].set(title="best of 16 by the floored log-ratio", ylabel=TRUTH)
     axes[1].set(title="closed form, beta 0.3")
-    for axis in axes:
-        axis.annotate("log-ratio", (0, axis.get_ylim()[0]), fontsize=8, va="bottom", ha="center")
-        axis.annotate("sharpening", (5, axis.get_ylim()[0]), fontsize=8, va="bottom", ha="center")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
     return save_figure(figure, path)
 

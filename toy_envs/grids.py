@@ -51,6 +51,13 @@ def read_map(rows, slip):
     return World(P, marked(cells, "S"), marked(cells, "G") - marked(cells, "x"), cells, width)
 
 
+def distances(world):
+    """|s - s'|_1 between all cells, in steps: (S, S)."""
+    rows, columns = len(world.cells) // world.width, world.width
+    place = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).double()
+    return torch.cdist(place, place, p=1)
+
+
 def marked(cells, characters):
     """1.0 at the cells that hold one of the characters, 0.0 elsewhere: (S,)."""
     return torch.tensor([float(cell in characters) for cell in cells], dtype=torch.float64)
@@ -100,6 +107,21 @@ def soft_value_iteration(P, reward, horizon, temperature=1.0):
         values.append(V)
         policies.append(torch.exp((Q - V[..., None]) / temperature))
     return torch.stack(values[::-1], dim=-2), torch.stack(policies[::-1], dim=-3)
+
+
+def value_iteration(P, reward, potential, discount):
+    """Q[t,s,a] of the shaped reward r + gamma Phi(s',a') - Phi(s,a), acting by argmax Q + Phi.
+
+    Q[t] = r[t] - Phi[t] + gamma E[max_a' (Q + Phi)[t+1,s',a']], and after the last step both are 0.
+    Then Q + Phi obeys the recurrence of Phi = 0: shaping moves no optimum, whatever Phi (Wiewiora,
+    Cottrell & Elkan, ICML 2003), also if it changes with time (Devlin & Kudenko, AAMAS 2012).
+    reward, potential (T, ..., S, A) -> the same shape; potential 0 is plain value iteration.
+    """
+    best, steps = torch.zeros_like(reward[0, ..., 0]), []
+    for r, phi in zip(reversed(reward.unbind(0)), reversed(potential.unbind(0))):
+        steps.append(r - phi + discount * torch.einsum("sap,...p->...sa", P, best))
+        best = (steps[-1] + phi).amax(-1)
+    return torch.stack(steps[::-1])
 
 
 def over_time(policy, T):

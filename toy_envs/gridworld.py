@@ -25,8 +25,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import softplus
 
-from toy_envs.grids import (MOVES, advantage, draw_map, empirical_occupancy, marked, occupancy,
-                            over_time, read_map, sample_walks, soft_value_iteration)
+from toy_envs.grids import (MOVES, advantage, distances, draw_map, empirical_occupancy, marked,
+                            occupancy, over_time, read_map, sample_walks, soft_value_iteration)
 from utils.cli import InputError, make_folder, parse_settings, require, run_script, setting
 from utils.evaluate import mean_ci
 from utils.plots import COLORS, pyplot, write_world
@@ -48,7 +48,7 @@ FLOOR = 0.01    # of the discriminator's counts, in steps per walk: one step in 
 @dataclass
 class Settings:
     """Behaviour cloning, occupancy matching and MaxEnt IRL in a gridworld with slip."""
-    seed: int = setting(0, "seed of all demonstrations", 0, 2 ** 32)
+    seed: int = setting(0, "seed of all demonstrations")
     seeds: int = setting(20, "independent sets of demonstrations (the intervals are over these)")
     demos: str = setting("1,3,10,30,100", "numbers of demonstrations, comma-separated")
     slip: float = setting(0.2, "probability of a step to the side (Russell and Norvig's 0.1 each)")
@@ -192,12 +192,11 @@ def experiment(world, s, counts):
     states, actions = sample_walks(P, start, experts, (s.seeds, counts[-1]), generator)
     rho_demo = torch.stack([empirical_occupancy(states[:, :n], actions[:, :n], S, len(MOVES))
                             for n in counts], 1)
-    place = torch.cartesian_prod(torch.arange(S // world.width), torch.arange(world.width)).double()
     precision = 1 / torch.tensor(counts)[:, None]   # The prior's width is 1 nat per cell.
     reward, planned = maxent_irl(P, start, rho_demo, T, precision)
     policies = {
         "BC": over_time(behaviour_cloning(rho_demo), T),
-        "BC nearest": over_time(behaviour_cloning(rho_demo, torch.cdist(place, place, p=1)), T),
+        "BC nearest": over_time(behaviour_cloning(rho_demo, distances(world)), T),
         "matching KL": occupancy_matching(P, start, rho_demo, T, lambda h: h),
         "matching JS": occupancy_matching(P, start, rho_demo, T, softplus),
         "MaxEnt IRL": planned,

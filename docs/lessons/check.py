@@ -316,6 +316,33 @@ def check_policy_loss(ask):
         ("The sign is wrong: the loss is minus E_pi[r log pi].", -right)))
 
 
+def check_logit_reward(ask):
+    tokens = torch.tensor([[0, 1, 2, 3, 0], [3, 2, 1, 0, 2], [1, 1, 0, 2, 3]])
+    mask = torch.tensor([[0, 1, 1, 1, 0], [1, 1, 1, 1, 1], [0, 0, 1, 1, 0]]).bool()
+    logits = 2 * randn(3, 5, 4)
+    got = ask(logits, tokens, mask, shape=(3, 5))
+    V, f = logits.logsumexp(-1), logits.gather(-1, tokens[..., None]).squeeze(-1)
+    after, value = pad(V[:, 1:], (0, 1)), pad(V[:, 1:] * mask[:, 1:], (0, 1))
+    right = torch.zeros(3, 5, dtype=torch.float64)
+    for b, t in mask.nonzero().tolist():
+        goes_on = t < 4 and mask[b, t + 1]
+        right[b, t] = f[b, t] - (V[b, t + 1] if goes_on else 0)
+    compare("The reward", got, right, (
+        ("This is log pi(a|s): take V of the *next* state off, not of this one.", (f - V) * mask),
+        ("V(s') has the wrong sign.", (f + value) * mask),
+        ("The sign is wrong: a likely token has a high logit.", -right),
+        ("V must be 0 after the response's last token: nothing comes after it.",
+         (f - after) * mask),
+        ("The last V is wrapped round: after the last column there is no next state.",
+         (f - V.roll(-1, 1)) * mask),
+        ("The mask is not used: prompt and padding earn.", f - value),
+        ("This is the logit alone: V(s') is missing.", f * mask),
+        ("V(s) is counted twice: f is log pi + V(s) already.", (f + V - value) * mask),
+        ("V(s) is missing: log pi(a|s) - V(s') is not f(s,a) - V(s').", (f - V - value) * mask),
+        ("A hard maximum: V is the logsumexp of the logits.",
+         (f - pad(logits.amax(-1)[:, 1:] * mask[:, 1:], (0, 1))) * mask)))
+
+
 def check_batches(ask):
     lengths = torch.tensor([4] * 96 + [8] * 96 + [16] * 128)[randn(320).argsort()]
     generator = torch.Generator().manual_seed(0)
@@ -341,8 +368,8 @@ def check_batches(ask):
 CHECKERS = dict(enumerate((
     check_response_mask, check_forward_kl_loss, check_discriminator_loss, check_jeffreys_reward,
     check_soft_value_iteration, check_log_ratio_reward, check_best_of_n, check_leave_one_out,
-    check_forward_kl, check_sft_loss, check_soft_value, check_policy_loss), 1))
-CHECKERS[14] = check_batches
+    check_forward_kl, check_sft_loss, check_soft_value, check_policy_loss, check_logit_reward,
+    check_batches), 1))
 
 
 def check(number, folder=HERE / "exercises"):
