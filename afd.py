@@ -110,19 +110,24 @@ def run(s, world, stages, init=None):
         # what a step of Adam adds to a layer's output (arXiv:2203.03466).
         return replace(base, lr=base.lr * min(1.0, 64 / s.n_embd), fast=s.fast, **changes)
 
-    # 1  pi_0: next-token prediction on text of mixed quality
+    # 1  pi_0: next-token prediction on text of mixed quality. What pi_SFT holds out is set apart
+    #    before, because without --corpus pi_0 reads the demonstrations themselves.
+    sft_rng = stages.rng("sft")
+    learned, held_out = train.split(demos, sft_rng)
     if init is not None:
         init = init.to(device)
         s = replace(s, n_embd=init.config.n_embd)
     else:
-        stages.begin(f"1 pi_0: pretraining on {plural(len(world.corpus), 'texts')}")
+        texts = (tok.encode_documents(world.corpus, world.max_prompt + world.max_response)
+                 or [([], x + y) for x, y in learned])
+        stages.begin(f"1 pi_0: pretraining on {plural(len(world.corpus) or len(texts), 'texts')}")
         torch.manual_seed(stages.rng("weights").getrandbits(62))
         new = GPT(GPTConfig(len(tok), world.max_prompt + world.max_response, s.n_embd, s.n_layer,
                             n_head=max(4, s.n_embd // 64), suppress_tokens=tok.suppress,
                             eos_token_id=tok.eos, pad_token_id=tok.pad)).to(device)
         init = stages.load("init", GPT) or stages.save("init", *train.fine_tune(
-            new, tok.encode_documents(world.corpus, new.config.n_positions), [],
-            config(PRETRAIN, epochs=4 if s.demos else 1), stages.rng("pretrain"), "pretrain"))
+            new, texts, [], config(PRETRAIN, epochs=4 if s.demos else 1), stages.rng("pretrain"),
+            "pretrain"))
     if world.gold_pairs:    # --gold pairs: a trained model in golden's place, on pairs of its own
         stages.begin(f"1 gold model: trained on {plural(len(world.gold_pairs), 'pairs')}")
         rng = stages.rng("gold model")
@@ -134,9 +139,8 @@ def run(s, world, stages, init=None):
 
     # 2  pi_SFT: maximum likelihood on the demonstrations minimises KL(demonstrator || pi)
     stages.begin(f"2 pi_SFT: forward KL to {plural(len(demos), 'demonstrations')}")
-    rng = stages.rng("sft")
     sft = stages.load("sft", GPT) or stages.save("sft", *train.fine_tune(
-        init, *train.split(demos, rng), config(SFT, epochs=s.sft_epochs), rng))
+        init, learned, held_out, config(SFT, epochs=s.sft_epochs), sft_rng))
 
     # 3  samples: two of each policy to each prompt. The learner can write by itself, because it
     #    knows the dynamics: plain fine-tuning leaves that unused.

@@ -532,3 +532,23 @@ def test_from_the_shell_bad_input_is_one_line_and_status_2(tmp_path):
     assert got.returncode == 2 and got.stdout == ""
     assert got.stderr.startswith("error: ") and got.stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_pi_0_does_not_read_what_pi_sft_holds_out(tmp_path, monkeypatch):
+    """Without --corpus pi_0 reads the demonstrations. If it read the held-out ones too, the loss on
+    them would rise with the first step of SFT, and early stopping would keep pi_SFT at pi_0."""
+    demos, read = tmp_path / "demos.jsonl", {}
+    demos.write_text("".join(json.dumps({"prompt": f"ask {i}", "response": f"say {i} {i}"}) + "\n"
+                             for i in range(60)))
+
+    original = afd.train.fine_tune
+
+    def record(policy, pairs, held_out, config, rng, label="sft"):
+        read[label] = [[*x, *y] for x, y in pairs], [[*x, *y] for x, y in held_out]
+        return original(policy, pairs, held_out, config, rng, label)
+    monkeypatch.setattr(afd.train, "fine_tune", record)
+    afd.main(["--demos", str(demos), "--n-samples", "4", "--n-candidates", "1", "--methods", "none",
+              "--out", str(tmp_path / "out")])
+    texts, (learned, held_out) = read["pretrain"][0], read["sft"]
+    assert held_out and sorted(texts) == sorted(learned)
+    assert not any(text in texts for text in held_out)

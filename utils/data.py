@@ -357,7 +357,7 @@ class World:
     tokenizer: Tokenizer
     max_prompt: int             # tokens
     max_response: int           # tokens, EOS included
-    corpus: list                # texts of the base language
+    corpus: list                # texts of the base language; none: pi_0 reads the demonstrations
     demos: list                 # training demonstrations: (prompt, response) texts
     train_prompts: list         # prompts to sample from while learning
     test_prompts: list          # held-out prompts
@@ -465,7 +465,7 @@ def file_world(s, seed):
         for part in (demos, held_out, gold))
     world = World(
         tokenizer=tokenizer, max_prompt=s.max_prompt, max_response=s.max_response,
-        corpus=corpus or [e.prompt + e.response for e in demos],
+        corpus=corpus or [],
         demos=[(cut[e.prompt], e.response) for e in demos],
         train_prompts=[cut[e.prompt] for e in demos] + more_prompts,
         test_prompts=test_prompts, test_demos=[[answers[x]] for x in test_prompts],
