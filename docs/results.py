@@ -356,14 +356,16 @@ def draw_quality(data, path):
     for row, h in zip(axes, "01"):
         for axis, (title, (task, part)) in zip(row, parts.items()):
             groups = [f"good-{task}-h{h}-sft-{lr}x{epochs}" for lr, epochs in SCHEDULES]
-            groups = [group for group in groups if values(data, group, "pi_SFT")]
-            x = [np.mean([*values(data, group, "pi_SFT", "forward_kl").values()])
-                 for group in groups]
+            places = {group: np.mean([*values(data, group, "pi_SFT", "forward_kl").values()])
+                      for group in groups if values(data, group, "pi_SFT")}
+            groups = sorted(places, key=places.get)
             for name in ("floored", "likelihood per token", "init-sft", "init-demo", "sft-demo"):
-                draw_shares(axis, name, x, [values(data, group + part, f"best of 16, {name}",
-                                                   "share") for group in groups])
+                draw_shares(axis, name, [places[group] for group in groups],
+                            [values(data, group + part, f"best of 16, {name}", "share")
+                             for group in groups])
             axis.set(title=f"{title}, h = {h}")
-            axis.invert_xaxis()
+    for axis in axes[0]:
+        axis.invert_xaxis()         # of both rows, which share it
     for axis in axes[1]:
         axis.set_xlabel("forward KL of pi_SFT, nats (better to the right)")
     for axis in axes[:, 0]:
