@@ -43,7 +43,6 @@ PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")      # hold tables be
 
 SEEDS = range(5)
 LEVELS = ("0", "0.5", "1")                      # of heterogeneity
-FEW = {"100": "160", "1000": "16"}      # demonstrations: epochs, for as many steps
 SCHEDULES = (("0.001", "1"), ("0.001", "2"), ("0.001", "4"), ("0.003", "4"))
 ALPHAS = ("0", "0.001", "0.01", "0.1", "0.3", "1")      # both as in sweeps.py
 SELECT = "--methods none --n-candidates 16"     # best-of-N alone
@@ -71,8 +70,6 @@ def groups():
     found |= {f"good-{task}-h0.5": f"--task {task} --heterogeneity 0.5 {SELECT}"
               for task in ("helpful", "harmless")}
     found |= {f"last-h{h}": f"--head last --heterogeneity {h} {SELECT}" for h in "01"}
-    found |= {f"demos{n}": f"--n-demos {n} --sft-epochs {epochs} {SELECT}"
-              for n, epochs in FEW.items()}
     # A policy that is short of capacity: it needs a pi_0 of its own.
     found["small"] = f"--n-embd 16 --n-layer 1 --methods '{ONLINE}' --n-candidates 2"
     return found
