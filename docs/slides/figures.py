@@ -102,7 +102,8 @@ def draw_plane(n=16):
         axis.annotate(f"{label}: {shift[0]:+.2f}", end, xytext=(side, 0), size=21, weight="bold",
                       textcoords="offset points", ha=align, va="center")
     axis.set(aspect="equal", xlim=(-2.1, 5.6), ylim=(-1.1, 3.1), xticks=range(-2, 4),
-             xlabel="quality: all that golden counts", ylabel="the writer's mark")
+             yticks=range(-1, 4), xlabel="quality: all that golden counts",
+             ylabel="the writer's mark")
     return figure
 
 
@@ -158,7 +159,7 @@ def draw_frontier(data):
     # Where the names would overlap they move up or down, by so many points.
     for axis, group, title, ups in (
             (axes[0], "good-helpful-h0", "good base",
-             {"golden": 32, "likelihood per token": 3, "init-sft": -17, "temperature": -18}),
+             {"golden": 27, "likelihood per token": 0, "init-sft": -17, "temperature": -18}),
             (axes[1], "idle-helpful-h0", "idle base", {"temperature": 14})):
         for name in ("golden", "init-sft", "likelihood per token"):
             kl, _, golden = over_n(data, group, name, "golden")
