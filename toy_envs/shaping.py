@@ -238,7 +238,7 @@ def draw(exact, learned):
     left.set(xscale="log", xlabel=r"weight $\lambda$ of the demonstrations' log-density",
              ylabel="golden return of the exact optimum (1: the best)",
              title="a reward moves the optimum, a potential never")
-    left.legend(loc=(0.02, 0.1))
+    left.legend(loc=(0.56, 0.6), fontsize=8)
     right.set(xscale="log", xlim=(1, None), ylim=(len(methods) - 0.5, -0.5),
               yticks=range(len(methods)), yticklabels=methods,
               xlabel="steps until 95% of the best (hollow: not kept to the end)",
