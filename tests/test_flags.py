@@ -78,7 +78,8 @@ def test_a_narrow_console_does_not_end_a_run():
 
 @pytest.mark.parametrize("script", ["afd", "toy_envs.gaussian", "toy_envs.gridworld",
                                     "toy_envs.heterogeneity", "toy_envs.token_mdp",
-                                    "toy_envs.token_samples"])
+                                    "toy_envs.token_samples", "toy_envs.shaping",
+                                    "toy_envs.expertise", "toy_envs.observation"])
 @pytest.mark.parametrize("seed", ["-1", str(2 ** 64), "x"])
 def test_a_seed_that_is_none_is_refused(script, seed):
     """To Python's generator -1 is the seed 1. A failure means that two seeds are one."""

@@ -60,7 +60,7 @@ METHODS = {     # name: its line in the figure
 @dataclass
 class Settings:
     """IRLEED against MaxEnt IRL, on demonstrators of different expertise and bias in a grid."""
-    seed: int = setting(0, "seed of all biases and walks")
+    seed: int = setting(0, "seed of all biases and walks", 0, 2 ** 32)
     seeds: int = setting(16, "independent sets of demonstrators (intervals)", 2, 100)
     walks: int = setting(40, "demonstrations of each demonstrator", 1, 1000)
     width: float = setting(0.5, "standard deviation of all priors", 0.01, 100)

@@ -48,7 +48,7 @@ FLOOR = 0.01    # of the discriminator's counts, in steps per walk: one step in 
 @dataclass
 class Settings:
     """Behaviour cloning, occupancy matching and MaxEnt IRL in a gridworld with slip."""
-    seed: int = setting(0, "seed of all demonstrations")
+    seed: int = setting(0, "seed of all demonstrations", 0, 2 ** 32)
     seeds: int = setting(20, "independent sets of demonstrations (the intervals are over these)")
     demos: str = setting("1,3,10,30,100", "numbers of demonstrations, comma-separated")
     slip: float = setting(0.2, "probability of a step to the side (Russell and Norvig's 0.1 each)")

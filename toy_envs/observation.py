@@ -51,7 +51,7 @@ World = namedtuple("World", "A B K P")
 @dataclass
 class Settings:
     """Imitation from observation, with and without a model: interactions until it succeeds."""
-    seed: int = setting(0, "seed of the systems and of all samples")
+    seed: int = setting(0, "seed of the systems and of all samples", 0, 2 ** 32)
     seeds: int = setting(10, "systems (the intervals are over these)", 2, 100)
     demos: int = setting(100, "episodes of the expert", 12, 10_000)
     rounds: int = setting(25, "rounds of roll-out, discriminator and policy", 2, 1000)

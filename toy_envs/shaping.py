@@ -43,7 +43,7 @@ RATE, EPSILON = 1.0, 0.1    # of Q-learning; nothing is random in this world, so
 @dataclass
 class Settings:
     """Demonstrations as reward, as potential (density, D-Shape) and as logit."""
-    seed: int = setting(0, "seed of demonstrations and learners")
+    seed: int = setting(0, "seed of demonstrations and learners", 0, 2 ** 32)
     seeds: int = setting(20, "independent runs (the intervals are over these)", 2, 100)
     demos: int = setting(20, "walks that a density is counted from; D-Shape gets the first", 1, 100)
     episodes: int = setting(200, "episodes of Q-learning", 10, 10_000)
