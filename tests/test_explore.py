@@ -59,6 +59,8 @@ got.maximum = given.ns.map(expectedMaximum);
 got.directions = given.planes.map(plane => directions(...plane).map(way => way.end));
 got.heavy = given.rhos.map(rho => given.ns.map(heavyProxy(rho)));
 got.normal = given.rhos.map(rho => given.ns.map(normalProxy(rho)));
+got.turns = given.rhos.slice(1).map(rho => law("heavy", rho).reduce((a, b) =>
+  b.golden > a.golden ? b : a).k);
 got.tilted = given.tilts.map(([base, tau]) => tilted(Object.values(BASE_KINDS[base]), tau));
 got.best = got.tilted.map((p, i) => selectors(p, given.tilts[i][1]).map(({score}) =>
   [1, 3, 16].map(n => bestOfN(p, score, n))));
@@ -66,7 +68,8 @@ got.shown = [move({}), move({divergence: 5, quality: 2, leak: 0.5, tail: "heavy"
   ($("idle").click(), move({"law-n": 14}))];
 got.controls = [...document.querySelectorAll("input, select, button")].map(control =>
   [control.tagName, control.id, control.labels.length, control.tabIndex]);
-got.wide = [innerWidth, document.documentElement.scrollWidth - innerWidth];
+const page = document.documentElement;
+got.wide = [innerWidth, page.scrollWidth - page.clientWidth];
 parent.postMessage(JSON.stringify(got), "*");
 </script></body>"""
 
@@ -90,7 +93,7 @@ def got(tmp_path_factory):
          "--disable-background-networking", "--disable-component-update", "--disable-sync",
          "--disable-extensions", "--allow-file-access-from-files",
          f"--user-data-dir={folder / 'profile'}", "--virtual-time-budget=5000", "--dump-dom",
-         (folder / "frame.html").as_uri()], capture_output=True, text=True, timeout=120).stdout
+         (folder / "frame.html").as_uri()], capture_output=True, text=True, timeout=300).stdout
     answer = re.search(r'<p id="got">(.+?)</p>', dom, re.S)
     assert answer, "the page's script or the test's has stopped with an error"
     return json.loads(unescape(answer[1]))
@@ -187,7 +190,7 @@ def test_a_proxy_with_normal_error_gains_rho_times_its_own_score(got):
 def test_a_heavy_tailed_proxy_by_other_formulas(got):
     """A failure means that the turn of golden is an artefact of the page's quadrature.
 
-    Here F comes from the error's closed form, F_e(e) = 1/2 + [e / (1 + e^2) + atan e] / pi, and
+    Here F comes from the error's closed form, 1 - F_e(e) = [acot e - e / (1 + e^2)] / pi, and
     E[max] = int_0 (1 - F^n) - int^0 F^n. Golden is by Stein's lemma: rho E[g | p] = -rho^2 f'/f for
     a normal g, and so E[g of the best] = rho n (n - 1) int f^2 F^(n-2).
     """
@@ -198,17 +201,19 @@ def test_a_heavy_tailed_proxy_by_other_formulas(got):
     for rho, answers in zip(RHOS, got["heavy"]):
         e = (x - rho * g) / math.sqrt(1 - rho ** 2)
         f = 2 / math.pi / (1 + e.square()).square() @ weight / math.sqrt(1 - rho ** 2)
-        upper = (0.5 - (e / (1 + e.square()) + e.atan()) / math.pi).clamp(min=0) @ weight
+        upper = (torch.atan2(torch.ones_like(e), e) - e / (1 + e.square())) / math.pi @ weight
+        # By symmetry F(x) = 1 - F(-x), which keeps its digits in both tails.
+        log_F = torch.where(t > 0, torch.log1p(-upper), upper.flip(0).clamp(min=1e-300).log())
         for n, answer in zip(NS, answers):
-            below = (n * torch.log1p(-upper)).exp()
-            tail = torch.where(t > 0, -torch.expm1(n * torch.log1p(-upper)), -below)
-            close(answer["proxy"], torch.trapezoid(tail * slope, t), 1e-5)
-            power = f.square() * ((n - 2) * torch.log1p(-upper)).exp()
+            tail = torch.where(t > 0, -torch.expm1(n * log_F), -(n * log_F).exp())
+            close(answer["proxy"], torch.trapezoid(tail * slope, t))
+            power = f.square() * ((n - 2) * log_F).exp()
             close(answer["golden"], rho * n * (n - 1) * torch.trapezoid(power * slope, t))
 
 
 def test_golden_turns_with_a_heavy_tail_and_never_with_a_normal_one(got):
-    """A failure means that a folded answer is wrong."""
+    """A failure means that a folded answer is wrong. The better the proxy, the later golden turns."""
+    assert got["turns"] == sorted(set(got["turns"]))
     for rho, heavy, normal in list(zip(RHOS, got["heavy"], got["normal"]))[1:]:
         golden = [answer["golden"] for answer in heavy]
         peak = golden.index(max(golden))

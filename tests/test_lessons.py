@@ -248,7 +248,9 @@ def test_links_and_images_exist(page):
 
 
 def headings(page):
-    """The anchors that GitHub gives to a page's headings."""
+    """The anchors that GitHub gives to a page's headings, and the ids of an HTML page."""
+    if page.suffix == ".html":
+        return set(re.findall(r'\bid="([\w-]+)"', page.read_text(encoding="utf-8")))
     lines = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.M)
     return {re.sub(r"[^\w\- ]", "", line.lower()).replace(" ", "-") for line in lines}
 
