@@ -40,20 +40,27 @@ SOLUTIONS = {n: next((LESSONS / "solutions").glob(f"{n:02d}_*.py")) for n in NUM
 @pytest.mark.parametrize("number", NUMBERS)
 def test_solutions_pass_and_stay_short(number):
     """A checker that refuses the solution, or a solution that no student would write."""
-    assert check.check(number, LESSONS / "solutions") == "solved"
+    state, message = check.check(number, LESSONS / "solutions")
+    assert state == "solved", message
+    name, file, line = re.fullmatch(r"solved. The project's own: (\S+) in (\S+), line (\d+)",
+                                    message).groups()
+    there = (ROOT / file).read_text(encoding="utf-8").splitlines()[int(line) - 1:int(line) + 2]
+    assert re.search(rf"(def|class) {name.split('.')[-1]}\b", "\n".join(there))
     body = ast.parse(SOLUTIONS[number].read_text(encoding="utf-8")).body
     functions = [node for node in body if isinstance(node, ast.FunctionDef)]
     assert len(functions) == 1
     assert functions[0].end_lineno - functions[0].lineno <= 10
 
 
-STUB_SAYS = {9: "arguments are swapped", 10: "EOS that ends a response bears no loss",
+STUB_SAYS = {9: "arguments are swapped", 10: "EOS that ends a response is not in the loss",
              11: "hard maximum", 12: "reward is not detached", 14: "0.55, 0.27, 0.18; the texts"}
 
 
 @pytest.mark.parametrize("number", NUMBERS)
 def test_stubs_and_bugs_fail_with_their_hint(number):
-    assert STUB_SAYS.get(number, "returns None: not filled in yet") in check.check(number)
+    state, message = check.check(number)
+    assert STUB_SAYS.get(number, "returns None: not filled in yet") in message
+    assert state == ("not right yet" if number in STUB_SAYS else "not started")
 
 
 def test_exercises_and_solutions_pair_up():
@@ -75,6 +82,9 @@ MISTAKES = [
      "Padding is in it"),
     (1, "(t >= prompt_lengths[:, None]) & (t < lengths[:, None])", "t < lengths[:, None]",
      "The prompt is in it"),
+    (1, "(t >= prompt_lengths[:, None]) & (t < lengths[:, None])", "tokens != 0",
+     "and the prompt is in it"),
+    (1, "t < lengths[:, None]", "t < (prompt_lengths + lengths)[:, None]", "counts the prompt too"),
     (1, "return (t", "return 1 * (t", "tensor of bool"),
     (2, "-(logp", "(logp", "sign is wrong"),
     (2, "[:, :-1]", "[:, 1:]", "logits[:, t] predict tokens[:, t + 1]"),
@@ -94,7 +104,7 @@ MISTAKES = [
     (3, ".mean()", ".sum()", "Sums where means belong"),
     (3, "F.softplus(-h_demo).mean() + F.softplus(h_policy).mean()",
      "F.softplus(__import__('torch').cat([-h_demo, h_policy])).mean()", "One mean over both"),
-    (3, "F.softplus(h_policy)", "F.softplus(-h_policy)", "Both bear label 1"),
+    (3, "F.softplus(h_policy)", "F.softplus(-h_policy)", "Both have label 1"),
     (3, "F.softplus(-h_demo)", "-F.softplus(-h_demo)", "No usual mistake"),
     (3, "F.softplus(-h_demo)", "-h_demo.sigmoid().log()", "wrong at |h| = 800"),
     (3, " + F.softplus(h_policy).mean()", "", "policy's half is missing"),
@@ -109,6 +119,11 @@ MISTAKES = [
     (4, "h + torch.exp(h)", "-(torch.exp(h) - 1) * h", "FAIRL"),
     (4, "h + torch.exp(h)", "(torch.exp(h) - 1) * h", "This is f(u)"),
     (4, "h + torch.exp(h)", "h + 1 - torch.exp(-h)", "the witness"),
+    (4, "h + torch.exp(h)", "torch.exp(h) - h", "one term of r"),
+    (4, "h + torch.exp(h)", "h - torch.exp(h)", "one term of r"),
+    (4, "h + torch.exp(h)", "h * torch.exp(h) + torch.exp(h) - 1 + (torch.exp(h) - 1) * h",
+     "*minus* f(u)"),
+    (4, "h + torch.exp(h)", "h + torch.exp(-h)", "in the exponent"),
     (4, "h + torch.exp(h)", "h", "reverse KL's reward"),
     (4, "h + torch.exp(h)", "torch.exp(h)", "forward KL's reward"),
     (4, "h + torch.exp(h)", "h - 1 + torch.log(h)", "not finite"),
@@ -150,12 +165,14 @@ MISTAKES = [
      "return -rewards + others / (rewards.shape[1] - 1)", "sign is wrong"),
     (8, "rewards - others / (rewards.shape[1] - 1)",
      "(rewards - rewards.mean(1)[:, None]) / rewards.std(1)[:, None]", "GRPO"),
-    (9, '"sum"', '"batchmean"', "A mean over outcomes"),
-    (10, "t < lengths[:, None]", "t < 99", "Now padding bears loss"),
+    (9, '"sum"', '"batchmean"', "'batchmean' and 'mean' divide by N"),
+    (9, 'log_pi, log_beta, reduction="sum"', 'log_beta, log_pi, reduction="batchmean"',
+     "Two mistakes"),
+    (10, "t < lengths[:, None]", "t < 99", "Now padding is in the loss"),
     (10, "t < lengths[:, None]", "t < lengths[:, None] - 1", "EOS is left out"),
     (10, " / mask.sum()", " / len(mask)", "A sum over t"),
-    (11, "beta * torch.logsumexp(Q / beta + step_logp, -1)", "Q.amax(-1)", "costs nothing"),
-    (11, "beta * torch.logsumexp(Q / beta + step_logp, -1)", "(step_logp.exp() * Q).sum(-1)",
+    (11, "kl_coef * torch.logsumexp(Q / kl_coef + step_logp, -1)", "Q.amax(-1)", "costs nothing"),
+    (11, "kl_coef * torch.logsumexp(Q / kl_coef + step_logp, -1)", "(step_logp.exp() * Q).sum(-1)",
      "A mean where"),
     (11, " + step_logp", "", "pi_SFT is missing"),
     (12, "return -(", "return (", "sign is wrong"),
@@ -178,7 +195,7 @@ def test_usual_mistakes_get_their_hint(number, right, wrong, words, tmp_path):
     source = SOLUTIONS[number].read_text(encoding="utf-8")
     assert right in source
     (tmp_path / SOLUTIONS[number].name).write_text(source.replace(right, wrong), encoding="utf-8")
-    assert words in check.check(number, tmp_path)
+    assert words in check.check(number, tmp_path)[1]
 
 
 @pytest.mark.parametrize("number", NUMBERS)
@@ -195,7 +212,7 @@ def test_what_any_file_may_do(number, body, words, tmp_path):
     """No exercise file may end in a traceback."""
     name = check.CHECKERS[number].__name__.removeprefix("check_")
     (tmp_path / f"{number:02d}_x.py").write_text(f"def {name}(*a):\n    {body}\n")
-    assert words in check.check(number, tmp_path)
+    assert words in check.check(number, tmp_path)[1]
 
 
 @pytest.mark.parametrize("source, words", [
@@ -204,22 +221,57 @@ def test_what_any_file_may_do(number, body, words, tmp_path):
     (b"\xff\xfe", "stopped with SyntaxError"), (b"\x00", "stopped with"), (b"", "no function")])
 def test_files_that_are_no_answer(source, words, tmp_path):
     (tmp_path / "01_x.py").write_bytes(source)
-    assert words in check.check(1, tmp_path)
-    assert "There is no file 02_" in check.check(2, tmp_path)
+    assert words in check.check(1, tmp_path)[1]
+    assert "There is no file 02_" in check.check(2, tmp_path)[1]
 
 
-def test_command_line(capsys):
+def test_wrong_numbers_stand_beside_their_inputs(tmp_path):
+    """An unknown mistake: the first wrong entry, and every argument with its name."""
+    (tmp_path / "08_x.py").write_text("def leave_one_out(rewards):\n    return 2 * rewards\n")
+    (tmp_path / "11_x.py").write_text("def soft_value(logp, reward, kl_coef):\n"
+                                      "    return reward[0].sum(-1)\n")
+    first, inputs = check.check(8, tmp_path)[1].splitlines()
+    rewards = torch.tensor(ast.literal_eval(inputs.removeprefix("  rewards = ")))
+    wrong, right = re.search(r"at \[0, 0\] is (\S+); right is ([-.\d]+)\. ", first).groups()
+    assert float(wrong) == pytest.approx(2 * rewards[0, 0].item(), abs=0.01)
+    assert float(right) == pytest.approx((rewards[0, 0] - rewards[0, 1:].mean()).item(), abs=0.01)
+    inputs = check.check(11, tmp_path)[1].splitlines()[1:]
+    assert [line.split(" = ")[0].strip() for line in inputs] == ["logp[0]", "reward[0]", "kl_coef"]
+
+
+def test_command_line(capsys, tmp_path):
     """No argument lists every exercise; a number answers for one; anything else is refused."""
     check.main([])
     with pytest.raises(SystemExit) as stop:
         check.main(["3"])
     assert int(stop.value.code) == 1
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == len(NUMBERS) + 1
+    assert len(lines) == len(NUMBERS) + 2
     assert "not started" in lines[0] and "not right yet" in lines[8] and "None" in lines[-1]
-    for argv in (["0"], ["99"], ["x"], ["1", "2"]):
+    points = [int(re.search(r"(\d) points?", line)[1]) for line in lines[:-2]]
+    assert lines[-2] == f"0 of {sum(points)} points"
+    with pytest.raises(SystemExit) as stop:
+        check.main(["--help"])
+    assert not stop.value.code and "--folder" in capsys.readouterr().out
+    for argv in (["0"], ["99"], ["x"], ["1", "2"], ["--nope"], ["--folder", str(tmp_path / "no")]):
         with pytest.raises(InputError):
             check.main(argv)
+
+
+def test_graders_get_lines_of_json(capsys, tmp_path):
+    """A folder of a student's own with one solved exercise that prints, and one wrong one."""
+    source = SOLUTIONS[8].read_text(encoding="utf-8")
+    source = source.replace("    others", "    print('hm')\n    others")
+    (tmp_path / "08_mine.py").write_text(source)
+    (tmp_path / "09_mine.py").write_text("def forward_kl(a, b):\n    return (a - b).sum()\n")
+    check.main(["--json", "--folder", str(tmp_path)])
+    captured = capsys.readouterr()
+    found = {record["number"]: record for record in map(json.loads, captured.out.splitlines())}
+    assert list(found) == NUMBERS and captured.err == "hm\n"
+    assert {n: r["state"] for n, r in found.items() if r["state"] != "not started"} == {
+        8: "solved", 9: "not right yet"}
+    assert {n: r["points"] for n, r in found.items() if r["points"]} == {8: check.effort(8)[1]}
+    assert "log_beta" not in found[9]["message"] and "a = [" in found[9]["message"]
 
 
 # ---- links, commands, numbers --------------------------------------------------------------------
