@@ -3,10 +3,17 @@
 It says in words what is wrong. A checker runs the student's function in float64 on a small case
 whose answer is known: by enumeration, by autograd, or from the project's own function. It also
 knows what the usual mistakes would give: where the answer is exactly one of those, it says which.
+With a number the exit status is 0 if that exercise is solved and 1 if not. The students' code is
+run as it is, so graders should run this program in a sandbox.
 """
 
+import argparse
+import contextlib
+import inspect
 import itertools
+import json
 import math
+import re
 import sys
 import traceback
 from pathlib import Path
@@ -19,17 +26,23 @@ except ImportError:
     sys.exit("PyTorch is missing here: `source .venv/bin/activate` first (`make demo` makes it)")
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent.parent))     # the project's modules
+EXERCISES, PROJECT = HERE / "exercises", HERE.parent.parent
+sys.path.insert(0, str(PROJECT))        # the project's modules
 
 import divergences                                                      # noqa: E402
 from model import Batch                                                 # noqa: E402
-from reward import LogRatio                                             # noqa: E402
+from reward import LogRatio, best_of_n_weights                          # noqa: E402
 from toy_envs import gridworld, token_mdp                               # noqa: E402
-from utils.cli import InputError, run_script                            # noqa: E402
+from train import random_batches                                        # noqa: E402
+from utils.cli import InputError, plural, require, run_script           # noqa: E402
 
 
 class Hint(Exception):
-    """What is wrong with an answer, in words for the one who wrote it."""
+    """What is wrong with an answer, in words for its author."""
+
+
+class WrongNumber(Hint):
+    """A wrong answer that is no known mistake: `check` shows the inputs beside it."""
 
 
 # ---- running what a student wrote ----------------------------------------------------------------
@@ -44,6 +57,8 @@ def load(path, name):
     def ask(*arguments, shape):
         """Call the function with copies of the arguments; its tensor, in this shape, or a Hint."""
         copies = [a.clone() if isinstance(a, torch.Tensor) else a for a in arguments]
+        names = guarded(lambda: inspect.signature(namespace[name]).parameters, path, name)
+        ask.inputs = dict(zip(names, arguments))
         got = guarded(lambda: namespace[name](*copies), path, name)
         if got is None:
             raise Hint(f"{name} returns None: not filled in yet, or `return` is missing.")
@@ -73,17 +88,28 @@ def same(a, b):
 
 def compare(what, got, right, mistakes=()):
     """Nothing if got is right; else the Hint of the mistake (hint, value) that gives just this."""
-    def shown(x):
-        numbers = [f"{v:.4g}" for v in x.detach().double().flatten().tolist()]
-        return ", ".join(numbers[:4] + ["..."] if len(numbers) > 4 else numbers)
     if same(got, right):
         return
     for hint, wrong in mistakes:
         if same(got, wrong):
             raise Hint(hint)
-    if not got.double().isfinite().all():
-        raise Hint(f"{what} is not finite: {shown(got)}. Where is the log of something not > 0?")
-    raise Hint(f"{what} is {shown(got)}; right is {shown(right)}. No usual mistake gives this.")
+    got, right = got.detach().double(), right.detach().double()
+    wrong = ~torch.isclose(got, right, rtol=1e-6, atol=1e-9)        # a nan is close to nothing
+    place = wrong.nonzero()[0].tolist()                             # [] without dimensions
+    text = f"{what} is {got[tuple(place)]:.4g}{f' at {place}' if place else ''}"
+    if not got.isfinite().all():
+        raise WrongNumber(f"{text}: not finite. Where is the log of something not > 0?")
+    raise WrongNumber(f"{text}; right is {right[tuple(place)]:.4g}. No usual mistake gives this.")
+
+
+def listed(name, x):
+    """"name = numbers" of an input; of a large one its first row, of a list its first entry."""
+    while isinstance(x, list) or isinstance(x, torch.Tensor) and x.dim() > 1 and x.numel() > 24:
+        name, x = f"{name}[0]", x[0]
+    if isinstance(x, torch.Tensor):
+        x = x.detach()
+        x = (x.double().numpy().round(3) if x.is_floating_point() else x.int()).tolist()
+    return f"{name} = {x}"
 
 
 def gradient(value, leaf):
@@ -104,12 +130,12 @@ def randn(*shape, seed=0):
 # ---- the exercises: (hint, what that mistake would give) -----------------------------------------
 
 def check_response_mask(ask):
-    tokens = torch.tensor([[5, 6, 0, 0, 0, 0], [4, 5, 7, 0, 8, 0], [6, 4, 5, 7, 5, 6]])
-    prompt, lengths = torch.tensor([1, 2, 3]), torch.tensor([3, 6, 6])
-    got = ask(tokens, prompt, lengths, shape=(3, 6))
+    tokens = torch.tensor([[5, 6, 4, 0, 0, 0, 0], [4, 5, 7, 0, 8, 0, 0], [6, 4, 5, 7, 5, 6, 4]])
+    prompt, lengths = torch.tensor([2, 2, 3]), torch.tensor([4, 6, 7])
+    got = ask(tokens, prompt, lengths, shape=(3, 7))
     if got.dtype != torch.bool:
         raise Hint(f"A mask is a tensor of bool; yours is {got.dtype}.")
-    t, first, end = torch.arange(6), prompt[:, None], lengths[:, None]
+    t, first, end = torch.arange(7), prompt[:, None], lengths[:, None]
     right = Batch(tokens, prompt, lengths).response_mask()
     compare("The mask", got, right, (
         ("Off by one: the response's first token is missing.", (t > first) & (t < end)),
@@ -119,7 +145,11 @@ def check_response_mask(ask):
         ("Off by one at the end: a padding token is in it.", (t >= first) & (t <= end)),
         ("Padding is in it.", t >= first),
         ("The prompt is in it: it is given, not an action.", t < end),
-        ("It goes by the id, which EOS may share: use lengths.", (t >= first) & (tokens != 0))))
+        ("lengths counts the prompt too: the response ends at lengths, not prompt + lengths.",
+         (t >= first) & (t < first + end)),
+        ("It goes by the id, which EOS may share: use lengths.", (t >= first) & (tokens != 0)),
+        ("It goes by the id, which EOS may share, and the prompt is in it: use both lengths.",
+         tokens != 0)))
 
 
 def check_forward_kl_loss(ask):
@@ -144,7 +174,7 @@ def check_forward_kl_loss(ask):
         ("Off by one: mask[:, 1:] goes with tokens[:, 1:].", loss(logp, mask=mask[:, :-1])),
         ("A mean over tokens: the forward KL of responses is a *sum* over t.", right / 3),
         ("A sum over responses where a mean belongs: it grows with the batch.", right * 8),
-        ("The mask is not used: padding bears loss.", loss(logp, mask=torch.ones(8, 4))),
+        ("The mask is not used: padding is in the loss.", loss(logp, mask=torch.ones(8, 4))),
         ("log_softmax is missing: these are logits.", loss(logits[:, :-1])),
         ("The log is missing: these are probabilities.", loss(logp.exp()))))
     compare("The gradient", gradient(got, table), gradient(right, table))
@@ -162,7 +192,7 @@ def check_discriminator_loss(ask):
         ("One mean over both: the best logit is off by log(N/M).", (3 * demo + 5 * policy) / 8),
         ("The sign is wrong: this is the log-likelihood, the loss is minus that.", -right),
         ("The logs are missing.", -h_demo.sigmoid().mean() - (-h_policy).sigmoid().mean()),
-        ("Both bear label 1: samples need log(1 - D).", demo + softplus(-h_policy).mean()),
+        ("Both have label 1: samples need log(1 - D).", demo + softplus(-h_policy).mean()),
         ("The policy's half is missing: D = 1 everywhere would be best.", demo)))
     compare("The gradient", gradient(got, h_demo), gradient(right, h_demo))
     large = torch.tensor([800.0, -800.0], dtype=torch.float64)
@@ -183,6 +213,10 @@ def check_jeffreys_reward(ask):
             ("This is -f(u), FAIRL's mistake (a caution in divergences.py).", -f),
             ("This is f(u); the reward is r = u f'(u) - f(u).", f),
             ("This is f'(u) = T*, the witness; the reward is f* of it.", h - 1 / u),
+            ("A sign slipped: one term of r has the wrong sign. Take u f'(u) - f(u) again.", u - h),
+            ("A sign slipped: one term of r has the wrong sign. Take u f'(u) - f(u) again.", h - u),
+            ("A sign slipped: r is u f'(u) *minus* f(u).", u * h + u + f),
+            ("A sign slipped in the exponent: u = e^h, not e^(-h).", h + 1 / u),
             ("This is the reverse KL's reward: f is the sum of two rows of the table.", h),
             ("This is the forward KL's reward: f is the sum of two rows of the table.", u))])
 
@@ -273,7 +307,10 @@ def check_forward_kl(ask):
     compare("The KL", ask(log_beta, log_pi, shape=()), right, (
         ("The arguments are swapped: F.kl_div(input, target) is KL(target || input), so this is "
          "the reverse KL, KL(pi || beta).", divergences.reverse_kl(log_beta, log_pi)),
-        ("A mean over outcomes: a KL is a sum, an expectation already.", right / 5)))
+        ("A mean over outcomes: a KL is a sum, an expectation already. 'batchmean' and 'mean' "
+         "divide by N.", right / 5),
+        ("Two mistakes: 'batchmean' divides by N, a KL is a sum; and the arguments are swapped.",
+         divergences.reverse_kl(log_beta, log_pi) / 5)))
 
 
 def check_sft_loss(ask):
@@ -284,25 +321,26 @@ def check_sft_loss(ask):
     def loss(mask):
         return -(logp * mask).sum() / mask.sum()
     compare("The loss", ask(logp, tokens, prompt, lengths, 1, shape=()), loss(mask), (
-        ("The EOS that ends a response bears no loss: the mask goes by its id and takes it for "
-         "padding. Go by the lengths.", loss((t >= prompt[:, None]) & (tokens != 1))),
-        ("Now padding bears loss: after the end nothing is an action.", loss(t >= prompt[:, None])),
+        ("The EOS that ends a response is not in the loss: the mask goes by its id and takes it "
+         "for padding. Go by the lengths.", loss((t >= prompt[:, None]) & (tokens != 1))),
+        ("Now padding is in the loss: after the end nothing is an action.",
+         loss(t >= prompt[:, None])),
         ("EOS is left out: lengths count it.", loss(mask & (t < lengths[:, None] - 1))),
         ("A sum over t: asked for is a mean over actions.", -(logp * mask).sum(1).mean())))
 
 
 def check_soft_value(ask):
-    beta, tables = 0.7, (randn(3, 4, 2).log_softmax(-1), randn(3, 4, 2, seed=9))
+    kl_coef, tables = 0.7, (randn(3, 4, 2).log_softmax(-1), randn(3, 4, 2, seed=9))
     logp, reward = ([table[t, :2 ** t] for t in range(3)] for table in tables)
-    got = ask(logp, reward, beta, shape=(1,))
+    got = ask(logp, reward, kl_coef, shape=(1,))
     y_logp, y_reward = (token_mdp.sequence_log_prob(table[None])[0]
                         for table in tables)                # (8,): sums along each sequence
-    compare("The value", got, beta * (y_logp + y_reward / beta).logsumexp(0, True), (
-        ("A hard maximum: the value of one response. The best policy mixes: V = beta log sum_a "
-         "pi_SFT(a|s) e^(Q/beta).", (y_reward + beta * y_logp).amax()),
+    compare("The value", got, kl_coef * (y_logp + y_reward / kl_coef).logsumexp(0, True), (
+        ("A hard maximum: the value of one response. The best policy mixes: V = kl_coef log sum_a "
+         "pi_SFT(a|s) e^(Q/kl_coef).", (y_reward + kl_coef * y_logp).amax()),
         ("The KL to pi_SFT costs nothing here.", y_reward.amax()),
         ("A mean where log-sum-exp belongs: pi_SFT's own reward.", (y_logp.exp() * y_reward).sum()),
-        ("pi_SFT is missing: reward plus entropy.", beta * (y_reward / beta).logsumexp(0))))
+        ("pi_SFT is missing: reward plus entropy.", kl_coef * (y_reward / kl_coef).logsumexp(0))))
 
 
 def check_policy_loss(ask):
@@ -365,38 +403,104 @@ def check_batches(ask):
                    "which texts stand beside it.")
 
 
-CHECKERS = dict(enumerate((
-    check_response_mask, check_forward_kl_loss, check_discriminator_loss, check_jeffreys_reward,
-    check_soft_value_iteration, check_log_ratio_reward, check_best_of_n, check_leave_one_out,
-    check_forward_kl, check_sft_loss, check_soft_value, check_policy_loss, check_logit_reward,
-    check_batches), 1))
+# the checker of each exercise, and where the project itself does what the exercise asks for
+CHECKERS = {
+    1: (check_response_mask, Batch.response_mask),
+    2: (check_forward_kl_loss, divergences.sft_loss),
+    3: (check_discriminator_loss, divergences.discriminator_loss),
+    4: (check_jeffreys_reward, divergences.Divergence),
+    5: (check_soft_value_iteration, gridworld.soft_value_iteration),
+    6: (check_log_ratio_reward, LogRatio.logp_and_ratio),
+    7: (check_best_of_n, best_of_n_weights),
+    8: (check_leave_one_out, divergences.leave_one_out),
+    9: (check_forward_kl, divergences.forward_kl),
+    10: (check_sft_loss, Batch.response_mask),
+    11: (check_soft_value, gridworld.soft_value_iteration),
+    12: (check_policy_loss, divergences.policy_surrogate),
+    13: (check_logit_reward, None),
+    14: (check_batches, random_batches)}
 
 
-def check(number, folder=HERE / "exercises"):
-    """What is wrong with exercise `number` of this folder, or "solved"."""
-    checker, path = CHECKERS[number], next(folder.glob(f"{number:02d}_*.py"), None)
+def file_of(number, folder):
+    return next(folder.glob(f"{number:02d}_*.py"), None)
+
+
+def function_of(number):
+    """The name of the function that an exercise asks for."""
+    return CHECKERS[number][0].__name__.removeprefix("check_")
+
+
+def effort(number):
+    """(minutes, points, difficulty) of an exercise, from its docstring."""
+    text = file_of(number, EXERCISES).read_text(encoding="utf-8")
+    minutes, points, difficulty = re.search(r"(\d+) minutes, (\d) points?, (\w+)\.", text).groups()
+    return int(minutes), int(points), difficulty
+
+
+def check(number, folder=EXERCISES):
+    """(state, message): "solved", "not started" or "not right yet", and what there is to say."""
+    checker, own = CHECKERS[number]
+    path, ask = file_of(number, folder), None
     try:
         if path is None:
             raise Hint(f"There is no file {number:02d}_*.py in {folder}.")
-        checker(load(path, checker.__name__.removeprefix("check_")))
+        ask = load(path, function_of(number))
+        checker(ask)
     except Hint as hint:
-        return str(hint)
-    return "solved"
+        message = str(hint)
+        if isinstance(hint, WrongNumber):
+            message = "\n  ".join([message, *(listed(*item) for item in ask.inputs.items())])
+        begun = path is not None and "returns None" not in message
+        return "not right yet" if begun else "not started", message
+    if own is None:
+        return "solved", "solved"
+    file = Path(inspect.getsourcefile(own)).relative_to(PROJECT).as_posix()
+    return "solved", (f"solved. The project's own: {own.__qualname__} in {file}, "
+                      f"line {inspect.getsourcelines(own)[1]}")
+
+
+def parse(argv):
+    """The command line. Raises InputError."""
+    parser = argparse.ArgumentParser(prog="check.py", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    numbers = ", ".join(map(str, CHECKERS))
+    parser.add_argument("number", nargs="?", help=f"one of {numbers}; without it all are listed")
+    parser.add_argument("--folder", type=Path, default=EXERCISES,
+                        help="where your files are, under their names here (default: exercises/)")
+    parser.add_argument("--json", action="store_true", help="for graders: a line of JSON for each "
+                        "exercise; what the students' code prints goes to stderr")
+
+    def refuse(message):
+        raise InputError(f"{message} (--help says what there is)")
+    parser.error = refuse
+    args = parser.parse_args(argv)
+    require(args.number is None or args.number in numbers.split(", "),
+            f"there is no exercise {args.number}; give one of {numbers}, or nothing for all")
+    return args
 
 
 def main(argv):
-    known = [str(number) for number in CHECKERS]
-    if len(argv) > 1 or not set(argv) <= set(known):
-        raise InputError(f"give one number from 1 to {known[-1]}, or nothing for a list of all")
-    if argv:
-        answer = check(int(argv[0]))
-        print(f"exercise {argv[0]}: {answer}")
-        sys.exit(answer != "solved")
-    for number, checker in CHECKERS.items():
-        state = check(number)
-        if state != "solved":
-            state = "not started" if "returns None" in state else "not right yet"
-        print(f"{number:>2}  {checker.__name__.removeprefix('check_'):<22}{state}")
+    args = parse(argv)
+    require(args.folder.is_dir(), f"{args.folder}: there is no such folder")
+    numbers = [int(args.number)] if args.number else list(CHECKERS)
+    earned = possible = 0
+    for number in numbers:
+        with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):
+            state, message = check(number, args.folder)
+        minutes, points, difficulty = effort(number)
+        earned, possible = earned + points * (state == "solved"), possible + points
+        if args.json:
+            print(json.dumps({"number": number, "state": state, "message": message,
+                              "points": points * (state == "solved"), "of": points}))
+        elif args.number:
+            print(f"exercise {number}: {message}")
+        else:
+            print(f"{number:>2}  {function_of(number):<22}{plural(points, 'points'):<10}"
+                  f"{minutes:>2} minutes  {difficulty:<8}{state}")
+    if not args.json and not args.number:
+        print(f"{earned} of {possible} points")
+    if args.number:
+        sys.exit(state != "solved")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@ An action is a token that the policy wrote: the response, its EOS included. The 
 the first state; padding stands outside the episode, whatever its id (here it has the EOS's).
 
 tokens (B, T) ids, padded on the right; prompt_lengths (B,); lengths (B,) of prompt and response.
-Return mask (B, T) bool, True where token t is an action.   python docs/lessons/check.py 1
+Return mask (B, T) bool, True where token t is an action.
+10 minutes, 1 point, easy.  Check it:  python docs/lessons/check.py 1
 """
 import torch
 

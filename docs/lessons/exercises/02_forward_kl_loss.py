@@ -4,7 +4,7 @@
 
 logits (B, T, V): those at position t predict the token at t + 1. tokens (B, T) ids. mask (B, T):
 True where the token at t is an action. Return a tensor without dimensions, in nats per sequence.
-Check it:  python docs/lessons/check.py 2
+20 minutes, 2 points, medium.  Check it:  python docs/lessons/check.py 2
 """
 import torch
 

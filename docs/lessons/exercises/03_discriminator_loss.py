@@ -4,7 +4,7 @@
 
 h_demo (N,) logits at demonstrations, label 1; h_policy (M,) logits at the policy's samples, label
 0; N and M may differ. Return a tensor without dimensions. It must stay finite at |h| = 800.
-Check it:  python docs/lessons/check.py 3
+15 minutes, 1 point, easy.  Check it:  python docs/lessons/check.py 3
 """
 import torch
 import torch.nn.functional as F

@@ -5,7 +5,7 @@ Jeffreys' divergence has f(u) = (u - 1) log u,  u = beta(y) / pi(y) = e^h. Work 
     r = u f'(u) - f(u) = f*(f'(u))     and write it as a function of h, up to a constant.
 
 h (N,) log-ratios, of either sign. Return r (N,). What does the result remind you of?
-Check it:  python docs/lessons/check.py 4
+20 minutes, 2 points, medium.  Check it:  python docs/lessons/check.py 4
 """
 import torch
 

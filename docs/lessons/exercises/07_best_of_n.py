@@ -5,7 +5,8 @@ estimate of least variance is the mean over *all* subsets of size n: a candidate
 scored below it is the best of C(r, n-1) of the C(N, n) subsets.
 
 scores, gold (P, N): what selects, and what counts; no ties. n from 1 to N. Return the mean golden
-reward of the picks, a tensor without dimensions.   python docs/lessons/check.py 7
+reward of the picks, a tensor without dimensions.
+25 minutes, 3 points, hard.  Check it:  python docs/lessons/check.py 7
 """
 from math import comb
 

@@ -4,7 +4,7 @@ The K samples of a prompt are each other's baseline: the advantage of sample i i
 the mean reward of the *other* K - 1 samples of its prompt.
 
 rewards (P, K): K samples of each of P prompts. Return the advantages (P, K).
-Check it:  python docs/lessons/check.py 8
+10 minutes, 1 point, easy.  Check it:  python docs/lessons/check.py 8
 """
 import torch
 

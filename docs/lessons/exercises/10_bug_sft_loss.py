@@ -1,11 +1,12 @@
-"""Exercise 10 (lessons 1 and 8): a silent bug. Find it and mend it.
+"""Exercise 10 (lessons 1 and 8): a silent bug. Find it and fix it.
 
 sft_loss is to be the mean of -log pi(y_t|s_t) over all actions of the batch, nats per token. GPT-2
 has no padding token, so this batch is padded with EOS, as is often done. Symptom: the loss falls as
 it should, but the trained policy never ends a response.
 
 logp (B, T): log pi of each token; tokens (B, T) ids; prompt_lengths (B,); lengths (B,) of prompt
-and response, EOS included (a response that was cut has none).   python docs/lessons/check.py 10
+and response, EOS included (a response that was cut has none).
+10 minutes, 1 point, easy.  Check it:  python docs/lessons/check.py 10
 """
 import torch
 

@@ -7,7 +7,8 @@ is added to all logits of a state goes into V and leaves the policy as it is: a 
 
 logits (B, T, V): f at the state in which tokens[:, t] was chosen. tokens (B, T). mask (B, T): True
 at the response's tokens, which stand in one piece. Return r (B, T), nats per token, 0 outside of
-the mask. (Published as EndoRM, arXiv:2506.23235.)   python docs/lessons/check.py 13
+the mask. (Published as EndoRM, arXiv:2506.23235.)
+15 minutes, 2 points, medium.  Check it:  python docs/lessons/check.py 13
 """
 import torch
 import torch.nn.functional as F

@@ -2,10 +2,10 @@
 import torch
 
 
-def soft_value(logp, reward, beta):
+def soft_value(logp, reward, kl_coef):
     V = torch.zeros_like(reward[-1])
     for step_logp, step_reward in zip(reversed(logp), reversed(reward)):
         Q = step_reward + V
-        best = beta * torch.logsumexp(Q / beta + step_logp, -1)
+        best = kl_coef * torch.logsumexp(Q / kl_coef + step_logp, -1)
         V = best.view(-1, Q.shape[-1]) if len(best) > 1 else best
     return V
