@@ -43,10 +43,11 @@ def test_solutions_pass_and_stay_short(number):
     """A checker that refuses the solution, or a solution that no student would write."""
     state, message = check.check(number, LESSONS / "solutions")
     assert state == "solved", message
-    name, file, line = re.fullmatch(r"solved. The project's own: (\S+) in (\S+), line (\d+)",
-                                    message).groups()
-    there = (ROOT / file).read_text(encoding="utf-8").splitlines()[int(line) - 1:int(line) + 2]
-    assert re.search(rf"(def|class) {name.split('.')[-1]}\b", "\n".join(there))
+    if number != 13:        # the project itself reads no reward off logits
+        name, file, line = re.fullmatch(
+            r"solved. The project's own: (\S+) in (\S+), line (\d+)", message).groups()
+        there = (ROOT / file).read_text(encoding="utf-8").splitlines()[int(line) - 1:int(line) + 2]
+        assert re.search(rf"(def|class) {name.split('.')[-1]}\b", "\n".join(there))
     body = ast.parse(SOLUTIONS[number].read_text(encoding="utf-8")).body
     functions = [node for node in body if isinstance(node, ast.FunctionDef)]
     assert len(functions) == 1
@@ -243,7 +244,7 @@ def test_wrong_numbers_stand_beside_their_inputs(tmp_path):
                                       "    return reward[0].sum(-1)\n")
     first, inputs = check.check(8, tmp_path)[1].splitlines()
     rewards = torch.tensor(ast.literal_eval(inputs.removeprefix("  rewards = ")))
-    wrong, right = re.search(r"at \[0, 0\] is (\S+); right is ([-.\d]+)\. ", first).groups()
+    wrong, right = re.search(r" is (\S+) at \[0, 0\]; right is ([-.\d]+)\. ", first).groups()
     assert float(wrong) == pytest.approx(2 * rewards[0, 0].item(), abs=0.01)
     assert float(right) == pytest.approx((rewards[0, 0] - rewards[0, 1:].mean()).item(), abs=0.01)
     inputs = check.check(11, tmp_path)[1].splitlines()[1:]
@@ -380,7 +381,7 @@ def test_lesson_0_is_one_page():
     assert numbered(section(text, "Quiz")) == [1, 2, 3] and text.count("<summary>Answer<") == 3
 
 
-@pytest.mark.parametrize("number", [*range(1, 9), 10, 11])
+@pytest.mark.parametrize("number", range(1, 6))
 def test_a_lesson_has_all_its_parts_on_one_page(number):
     """Each prediction has its numbered answer, each question and each task on paper its solution;
     all of them are folded."""

@@ -19,7 +19,7 @@ GROUP = "good-harmless-h0"
 
 
 @pytest.fixture(scope="module")
-def sweep(tmp_path_factory):
+def sweep(tmp_path_factory, one_thread):
     """The sweeps of a tiny run of the harmless task."""
     runs = tmp_path_factory.mktemp("runs")
     afd.main(["--task", "harmless", "--n-corpus", "2000", "--n-demos", "200", "--n-samples", "200",
@@ -35,7 +35,7 @@ def rows(sweep, group):
     return {row["name"]: row["golden"] for row in sweep.rows if row["group"] == f"{GROUP}-{group}"}
 
 
-def test_the_runs_own_schedule_gives_the_runs_own_models(sweep, one_thread):
+def test_the_runs_own_schedule_gives_the_runs_own_models(sweep):
     """A failure means that the figure's last point is not the method that the tables measure."""
     sweep.quality([(afd.SFT.lr, sweep.s.sft_epochs)])
     sweep.floors()
@@ -71,7 +71,7 @@ def test_theory_names_the_winner_on_exact_densities(sweep, monkeypatch):
     assert found["best of 16, golden"] > found["best of 16, likelihood"]
 
 
-def test_labels_and_epochs_are_varied_from_the_runs_own(sweep, monkeypatch, one_thread):
+def test_labels_and_epochs_are_varied_from_the_runs_own(sweep, monkeypatch):
     """No noise and one epoch are the run itself; other shares and epochs are not."""
     monkeypatch.setattr(sweeps, "NOISE", (0, 0.4))
     monkeypatch.setattr(sweeps, "REWARD_EPOCHS", (0.5, 1))

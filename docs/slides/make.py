@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 HERE = Path(__file__).resolve().parent
-STUDENT_T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}       # of the 95% interval, by seeds
+STUDENT_T = {2: 12.7062, 3: 4.3027, 4: 3.1824, 5: 2.7764}      # of the 95% interval, by seeds
 
 
 def number(data, group, column, row):
