@@ -1,5 +1,5 @@
 """What a lecturer projects and prints: the deck is made from its Markdown, its numbers are those of
-the results, its minutes make an hour, and the cheat sheet's formulas are those of divergences.py."""
+the results, its minutes make an hour, and the cheat sheet's formulas are those of the code."""
 
 import importlib.util
 import json
