@@ -272,6 +272,9 @@ def test_sliders_change_what_is_shown(got):
         f"{got['fits']['start'][1][0][key]:.3f}" for key in ("value", "mean", "std")]
     mean, std = gaussian.mixture_moments(gaussian.Settings())
     assert second["modes"]["rows"][0][2:] == [f"{mean:.3f}", f"{std:.3f}"]
+    left = torch.distributions.Normal(mean, std).cdf(torch.tensor(0.0)).item()
+    assert f"puts {left:.0%} of what it writes nearer the left mode, the demonstrator 40%" in (
+        " ".join(second["modes"]["says"].split()))
     far = heterogeneity.expected_maximum(16)
     assert first["plane"]["rows"][0] == ["Init-SFT", f"{1 + far:.2f}", "0.00", "1.00"]
     assert "Init-SFT gains most" in first["plane"]["says"]
