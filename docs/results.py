@@ -330,7 +330,7 @@ def draw_heterogeneity(data, path):
             mine = [values(data, f"good-{task}-h{h}", f"best of 16, {name}", "share")
                     for h in LEVELS]
             draw_shares(axis, name, [float(h) for h in LEVELS], mine)
-        axis.set(title=task, xlabel="heterogeneity: chance of a mark in a demonstrator's clause",
+        axis.set(title=task, xlabel="h: chance of a mark in a clause",
                  xticks=[float(h) for h in LEVELS])
     axes[0].set_ylabel("golden gain of best of 16 over pi_SFT,\n% of the golden selector's")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
