@@ -379,7 +379,7 @@ def test_a_lesson_has_all_its_parts_on_one_page(number):
     assert head == ["Time", "Before", "Goals"]
     questions = numbered(section(text, "Predict"))
     answers = section(text, "Notice").partition("</details>")[0]
-    assert answers.startswith("\n<details><summary>Answers to the predictions</summary>\n\nSource: ")
+    assert answers.startswith("\n<details><summary>Answers to the predictions</summary>\n\nSource:")
     assert questions == numbered(answers) == list(range(1, len(questions) + 1)) and questions[2:]
     quiz = section(text, "Quiz")
     assert numbered(quiz) == [1, 2, 3] and quiz.count("<details><summary>Answer</summary>") == 3
@@ -412,7 +412,7 @@ def test_numbers_of_lessons_stand_in_the_tables(page):
 
 
 def test_lessons_1_and_2_quote_what_the_world_prints():
-    """What has a closed form there, worked out again: shares of lesson 1, forward KL of lesson 2."""
+    """What has a closed form, worked out again: shares of lesson 1, forward KL of lesson 2."""
     for memory, length in ((0, 6), (0, 14), (1, 6), (1, 10), (1, 18)):
         [(_, share, _)] = token_mdp.horizon_curve([length], memory)
         assert re.search(f"{share:.3f} (at|from) T = {length}\\b", lesson(1))
@@ -506,7 +506,8 @@ def share(group, name):
 
 
 INIT_SFT, INIT_DEMO, SFT_DEMO = (f"best of 16, {x}" for x in ("init-sft", "init-demo", "sft-demo"))
-PER_TOKEN, RANDOM, GOOD = "best of 16, likelihood per token", "best of 16, random", "good-helpful-h0"
+PER_TOKEN, RANDOM = "best of 16, likelihood per token", "best of 16, random"
+GOOD = "good-helpful-h0"
 SENTENCES = [    # (lesson, what it says, group, a, b): a is above b, the interval excludes zero
     (3, "adversarial imitation falls behind the trained discriminator", GOOD, INIT_SFT,
      "adversarial, reverse_kl"),
