@@ -440,7 +440,7 @@ def effort(number):
 def check(number, folder=EXERCISES):
     """(state, message): "solved", "not started" or "not right yet", and what there is to say."""
     checker, own = CHECKERS[number]
-    path, ask = file_of(number, folder), None
+    path = file_of(number, folder)
     try:
         if path is None:
             raise Hint(f"There is no file {number:02d}_*.py in {folder}.")
@@ -454,7 +454,7 @@ def check(number, folder=EXERCISES):
         return "not right yet" if begun else "not started", message
     if own is None:
         return "solved", "solved"
-    file = Path(inspect.getsourcefile(own)).relative_to(PROJECT).as_posix()
+    file = Path(inspect.getsourcefile(own)).resolve().relative_to(PROJECT).as_posix()
     return "solved", (f"solved. The project's own: {own.__qualname__} in {file}, "
                       f"line {inspect.getsourcelines(own)[1]}")
 
