@@ -118,16 +118,15 @@ def run(s, world, stages, init=None):
         init = init.to(device)
         s = replace(s, n_embd=init.config.n_embd)
     else:
-        texts = (tok.encode_documents(world.corpus, world.max_prompt + world.max_response)
-                 or [([], x + y) for x, y in learned])
-        stages.begin(f"1 pi_0: pretraining on {plural(len(world.corpus) or len(texts), 'texts')}")
+        stages.begin(f"1 pi_0: pretraining on {plural(len(world.corpus or learned), 'texts')}")
         torch.manual_seed(stages.rng("weights").getrandbits(62))
         new = GPT(GPTConfig(len(tok), world.max_prompt + world.max_response, s.n_embd, s.n_layer,
                             n_head=max(4, s.n_embd // 64), suppress_tokens=tok.suppress,
                             eos_token_id=tok.eos, pad_token_id=tok.pad)).to(device)
         init = stages.load("init", GPT) or stages.save("init", *train.fine_tune(
-            new, texts, [], config(PRETRAIN, epochs=4 if s.demos else 1), stages.rng("pretrain"),
-            "pretrain"))
+            new, tok.encode_documents(world.corpus, new.config.n_positions)
+            or [([], x + y) for x, y in learned], [],
+            config(PRETRAIN, epochs=4 if s.demos else 1), stages.rng("pretrain"), "pretrain"))
     if world.gold_pairs:    # --gold pairs: a trained model in golden's place, on pairs of its own
         stages.begin(f"1 gold model: trained on {plural(len(world.gold_pairs), 'pairs')}")
         rng = stages.rng("gold model")

@@ -43,8 +43,9 @@ PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")      # hold tables be
 
 SEEDS = range(5)
 LEVELS = ("0", "0.5", "1")                      # of heterogeneity
-SCHEDULES = (("0.001", "1"), ("0.001", "2"), ("0.001", "4"), ("0.003", "4"))
-ALPHAS = ("0", "0.001", "0.01", "0.1", "0.3", "1")      # both as in sweeps.py
+SCHEDULES = ((1e-3, 1), (1e-3, 2), (1e-3, 4), (3e-3, 4))    # of sweeps.py: pi_SFT's rate, epochs
+ALPHAS = (0, 0.001, 0.01, 0.1, 0.3, 1)          # its floors under pi_0
+NOISE = (0, 0.1, 0.2, 0.4)                      # and its shares of labels swapped
 SELECT = "--methods none --n-candidates 16"     # best-of-N alone
 SHARPENED = ("temperature 0.3, temperature 0.5, temperature 0.7, closed-form log-ratio 0.3, "
              "closed-form floored 0.3")
@@ -86,7 +87,7 @@ def teacher(group):
 
 def run(group, seed):
     """One run on one thread; what it prints goes to its log. Returns whether it ended well."""
-    out, start, source = RUNS / f"{group}-s{seed}", time.perf_counter(), teacher(group)
+    out, source = RUNS / f"{group}-s{seed}", teacher(group)
     words = [*shlex.split(groups()[group]), "--seed", str(seed)]
     if source != group:
         init = RUNS / f"{source}-s{seed}" / f"seed{seed}" / "init"
@@ -96,12 +97,13 @@ def run(group, seed):
         before = json.loads((out / "config.json").read_text(encoding="utf-8"))["command"]
         if before.replace("'", "") != " ".join(["python afd.py", *words]):
             shutil.rmtree(out)          # a run of other settings
-    return start_one(out, start, ["afd.py", *words])
+    return start_one(out, ["afd.py", *words])
 
 
-def start_one(out, start, words):
+def start_one(out, words):
     """Run a script of this project on one thread, with its prints in out.log."""
-    RUNS.mkdir(parents=True, exist_ok=True)
+    start = time.perf_counter()
+    out.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{out}.log", "w") as log:
         status = subprocess.run([sys.executable, *words], cwd=ROOT, stdout=log,
                                 stderr=subprocess.STDOUT,
@@ -116,8 +118,7 @@ def sweep(group, seed):
     file = RUNS / "sweeps" / f"{group}-s{seed}"
     if Path(f"{file}.json").exists():
         return True
-    file.parent.mkdir(parents=True, exist_ok=True)
-    return start_one(file, time.perf_counter(), ["docs/sweeps.py", group, str(seed)])
+    return start_one(file, ["docs/sweeps.py", group, str(seed)])
 
 
 def run_all():
@@ -271,10 +272,16 @@ def outdated(texts, data):
 # ---- figures ------------------------------------------------------------------------------------
 
 STYLES = {"init-sft": "o-", "init-demo": "s--", "sft-demo": "v:", "floored": "D-", "golden": "-",
-          "log-ratio": "x--", "likelihood per token": "^-.", "preference": "P:"}
+          "log-ratio": "x--", "likelihood per token": "^-."}
+COMPARED = ("floored", "likelihood per token", "init-sft", "init-demo", "sft-demo")
 
 
-def over_seeds(records, place, column):
+def mean(data, group, name, column="golden"):
+    """The mean over seeds of a column of a row."""
+    return np.mean([*values(data, group, name, column).values()])
+
+
+def means(records, place, column):
     """Means over seeds: x (place) and y (column) of the points of a line, by "place" in order."""
     by_place = grouped(sorted(records, key=lambda r: r[place]), place).values()
     return [[np.mean([r[key] for r in seeds]) for seeds in by_place] for key in ("kl", column)]
@@ -292,22 +299,22 @@ def draw_frontier(data, worlds, path):
                                 for kind in ("rows", "best_of_n", "curves"))
         for name in ("golden", "floored", "likelihood per token", "init-sft", "log-ratio"):
             mine = [p for p in points if p["reward_model"] == name and p["n"] > 1]
-            left.plot(*over_seeds(mine, "n", "golden"), STYLES[name], color=COLORS[name],
+            left.plot(*means(mine, "n", "golden"), STYLES[name], color=COLORS[name],
                       markersize=4, label=name)
         for label, form, style, color in (
                 ("temperature", "temperature, ", "^-.", COLORS["likelihood per token"]),
                 ("closed form, floored", "closed form, floored", "*", COLORS["floored"])):
             mine = [r for r in rows if r["name"].startswith(form)]
-            right.plot(*over_seeds(mine, "name", "golden"), style, color=color, label=label,
+            right.plot(*means(mine, "name", "golden"), style, color=color, label=label,
                        markersize=10 if style == "*" else 5)
         for name in ("floored", "init-sft"):
             end = f"policy optimisation, {name} 0.3"
             # Along the steps samples are of training prompts; the end is of held-out prompts.
-            right.plot(*over_seeds([c for c in curves if c["name"] == end], "step", "golden"),
+            right.plot(*means([c for c in curves if c["name"] == end], "step", "golden"),
                        "-", color=COLORS[name], label=f"optimised, {name}")
-            right.plot(*over_seeds([r for r in rows if r["name"] == end], "name", "golden"), "X",
+            right.plot(*means([r for r in rows if r["name"] == end], "name", "golden"), "X",
                        color=COLORS[name], markersize=8)
-        demo = np.mean([*values(data, group, "demonstrations").values()])
+        demo = mean(data, group, "demonstrations")
         for axis, family in ((left, "best-of-N"), (right, "policies, one sample each")):
             axis.axhline(demo, color="#555555", linewidth=1, linestyle=":", label="demonstrations")
             axis.set(xscale="log", xlim=(0.1, 8), title=f"{title}: {family}",
@@ -316,9 +323,9 @@ def draw_frontier(data, worlds, path):
         left.set_ylabel(TRUTH)
     for axis in axes[-1]:
         axis.set_xlabel("KL from pi_SFT, nats")
-    for axis, row in zip(axes[0], ("upper right", "lower right")):
-        figure.legend(*axis.get_legend_handles_labels(), loc=f"outside right {row.split()[0]}",
-                      title="left panels" if row.startswith("upper") else "right panels")
+    for axis, place, panels in zip(axes[0], ("upper", "lower"), ("left", "right")):
+        figure.legend(*axis.get_legend_handles_labels(), loc=f"outside right {place}",
+                      title=f"{panels} panels")
     return save_figure(figure, path)
 
 
@@ -326,7 +333,7 @@ def draw_heterogeneity(data, path):
     """Share of the golden selector's gain against heterogeneity, one panel a task."""
     figure, axes = pyplot().subplots(1, 2, figsize=(9.5, 3.8), sharey=True)
     for axis, task in zip(axes, ("helpful", "harmless")):
-        for name in ("floored", "likelihood per token", "init-sft", "init-demo", "sft-demo"):
+        for name in COMPARED:
             mine = [values(data, f"good-{task}-h{h}", f"best of 16, {name}", "share")
                     for h in LEVELS]
             draw_shares(axis, name, [float(h) for h in LEVELS], mine)
@@ -352,11 +359,11 @@ def draw_quality(data, path):
     figure, axes = pyplot().subplots(2, 3, figsize=(11, 6.4), sharex="col", sharey="row")
     for row, h in zip(axes, "01"):
         for axis, (title, (task, part)) in zip(row, parts.items()):
-            groups = [f"good-{task}-h{h}-sft-{lr}x{epochs}" for lr, epochs in SCHEDULES]
-            places = {group: np.mean([*values(data, group, "pi_SFT", "forward_kl").values()])
+            groups = [f"good-{task}-h{h}-sft-{lr:g}x{epochs:g}" for lr, epochs in SCHEDULES]
+            places = {group: mean(data, group, "pi_SFT", "forward_kl")
                       for group in groups if values(data, group, "pi_SFT")}
             groups = sorted(places, key=places.get)
-            for name in ("floored", "likelihood per token", "init-sft", "init-demo", "sft-demo"):
+            for name in COMPARED:
                 draw_shares(axis, name, [places[group] for group in groups],
                             [values(data, group + part, f"best of 16, {name}", "share")
                              for group in groups])
@@ -379,13 +386,13 @@ def draw_floors(data, path):
     figure, axes = pyplot().subplots(1, 2, figsize=(10, 3.8))
     for axis, form in zip(axes, ("best of 16, floor", "closed form, floor")):
         for group, (label, color, style) in worlds.items():
-            columns = [[*values(data, f"{group}-floors", f"{form} {alpha}").values()]
+            columns = [[*values(data, f"{group}-floors", f"{form} {alpha:g}").values()]
                        for alpha in ALPHAS]
             mean, half = np.array([mean_ci(column) for column in columns]).T
             axis.errorbar(range(len(ALPHAS)), mean, half, fmt=style, markersize=4, capsize=2,
                           color=color, label=label)
         axis.set(xticks=range(len(ALPHAS)), xlabel="floor alpha",
-                 xticklabels=("0\nlog-ratio", *ALPHAS[1:-1], "1\nsharpening"))
+                 xticklabels=("0\nlog-ratio", *map(str, ALPHAS[1:-1]), "1\nsharpening"))
     axes[0].set(title="best of 16 by the floored log-ratio", ylabel=TRUTH)
     axes[1].set(title="closed form, beta 0.3")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
@@ -395,7 +402,7 @@ def draw_floors(data, path):
 def figures(data, folder):
     for group in ("good-helpful-h0", "good-helpful-h1", "idle-helpful-h0"):
         curve = [p for p in data["best_of_n"] if p["group"] == group]
-        demo = np.mean([*values(data, group, "demonstrations").values()])
+        demo = mean(data, group, "demonstrations")
         base, _, h = group.split("-")
         draw_best_of_n(curve, demo, folder / f"best_of_n_{'idle' if base == 'idle' else h}.png")
     draw_frontier(data, {"good-helpful-h0": "good base", "idle-helpful-h0": "idle base"},

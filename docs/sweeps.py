@@ -19,22 +19,19 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))       # this script lives in docs/
+sys.path[:0] = [str(ROOT), str(ROOT / "docs")]      # this script lives in docs/
 
 import afd                                                              # noqa: E402
 import train                                                            # noqa: E402
 from divergences import bradley_terry_loss, discriminator_loss          # noqa: E402
-from model import GPT, generate, logp_seq                                         # noqa: E402
+from model import GPT, generate                                         # noqa: E402
+from results import ALPHAS, NOISE, RUNS, SCHEDULES                      # noqa: E402
 from reward import LogRatio, RewardModel, TokenExtrapolation, score     # noqa: E402
 from toy_envs.text_tasks import TextTask, text_world                    # noqa: E402
 from utils.checkpoints import Run                                       # noqa: E402
 from utils.cli import write_json                                        # noqa: E402
-from utils.evaluate import SAMPLES, Evaluator, sample_responses         # noqa: E402
+from utils.evaluate import SAMPLES, Evaluator, log_likelihood, sample_responses     # noqa: E402
 
-RUNS = ROOT / "out" / "results"
-SCHEDULES = ((1e-3, 1), (1e-3, 2), (1e-3, 4), (3e-3, 4))    # of pi_SFT: rate, epochs
-ALPHAS = (0, 0.001, 0.01, 0.1, 0.3, 1)          # floors under pi_0
-NOISE = (0, 0.1, 0.2, 0.4)                      # shares of labels swapped
 REWARD_EPOCHS = (0.5, 1, 2)
 N = 16
 DISCRIMINATORS = ("init-sft", "init-demo", "sft-demo")
@@ -103,8 +100,8 @@ class Sweep:
                 rewards = {name: self.run.load(name, RewardModel) for name in DISCRIMINATORS}
             else:
                 policy, history, rewards = self.train(lr, epochs)
-            rewards |= {"log-ratio": LogRatio(policy, self.init),
-                        "floored": LogRatio(policy, self.init, 0.1)}
+            rewards |= {name: LogRatio(policy, self.init, floor)
+                        for name, floor in afd.FLOORS.items()}
             candidates = self.candidates(policy)
             evaluator = Evaluator(self.world, policy, candidates, candidates, self.run)
             evaluator.add_reference_rows()
@@ -189,13 +186,6 @@ class Sweep:
                 picks = table.reshape(golden.shape).argmax(-1)[..., None]
                 self.add(group, f"best of {size}, {name}",
                          np.take_along_axis(golden, picks, -1)[..., 0])
-
-
-def log_likelihood(policy, pairs):
-    def logp(batch):        # in a reward's place: `score` computes it batch by batch
-        return logp_seq(policy, batch)
-    logp.device = policy.device
-    return score(logp, pairs)
 
 
 def main():

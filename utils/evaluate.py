@@ -147,10 +147,7 @@ class Evaluator:
 
     def _logp(self, policy, responses):
         """log pi(y|x) of each response, (P, M)."""
-        def log_probability(batch):     # in a reward's place: `score` computes it batch by batch
-            return logp_seq(policy, batch)
-        log_probability.device = policy.device
-        return score(log_probability, responses.pairs).reshape(responses.lengths.shape)
+        return log_likelihood(policy, responses.pairs).reshape(responses.lengths.shape)
 
     def _forward_kl(self, policy):
         """E_beta[log d_beta - log pi] over the held-out demonstrations, without their marks: no
@@ -259,6 +256,14 @@ class Evaluator:
         if self.world.golden:
             record["golden"] = float(np.mean([self.world.points(x, y) for x, y in pairs]))
         return {**record, "length": float(np.mean([len(y) for _, y in pairs]))}
+
+
+def log_likelihood(policy, pairs):
+    """log pi(y|x) of pairs (prompt ids, response ids), nats per sequence, numpy (len(pairs),)."""
+    def log_probability(batch):     # in a reward's place: `score` computes it batch by batch
+        return logp_seq(policy, batch)
+    log_probability.device = policy.device
+    return score(log_probability, pairs)
 
 
 def selector_kl(name, n):

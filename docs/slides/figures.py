@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
 
 from divergences import REVERSE_KL                                                  # noqa: E402
-from results import values                                                          # noqa: E402
+from results import mean                                                            # noqa: E402
 from toy_envs import heterogeneity, token_mdp                                       # noqa: E402
 from utils.evaluate import grouped                                                  # noqa: E402
 from utils.plots import COLORS, pyplot                                              # noqa: E402
@@ -116,10 +116,6 @@ def over_n(data, group, name, column, least=1):
     by_n = grouped(sorted(points, key=lambda p: p["n"]), "n")
     return [[np.mean([p[key] for p in seeds]) for seeds in by_n.values()]
             for key in ("kl", "n", column)]
-
-
-def mean(data, group, name, column="golden"):
-    return np.mean([*values(data, group, name, column).values()])
 
 
 def draw_best_of_n(data, group, hidden):
