@@ -6,6 +6,8 @@ import os
 import pytest
 import torch
 
+from utils.cli import InputError, parse_settings, run_script
+
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 
@@ -17,3 +19,18 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def refused_in_one_line(capsys):
+    """refused_in_one_line(world, argv): a toy world's script with these words ends with status 2
+    and one line that says why."""
+    def check(world, argv):
+        with pytest.raises(SystemExit) as stop:
+            run_script(lambda: world.main(parse_settings(world.Settings, argv)))
+        assert stop.value.code == 2
+        message = capsys.readouterr().err
+        assert message.startswith("error: ") and message.count("\n") == 1
+        with pytest.raises(InputError):
+            world.main(parse_settings(world.Settings, argv))
+    return check

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from toy_envs import expertise as e
-from utils.cli import parse_settings, run_script
 
 WORLD, START = e.grid()
 P = WORLD.P
@@ -206,13 +205,9 @@ def test_irleed_beats_pooling_where_bias_is_strong_and_skill_differs(monkeypatch
 
 @pytest.mark.parametrize("argv", [["--seeds", "1"], ["--walks", "0"], ["--width", "nan"],
                                   ["--steps", "0"], ["--nope"], ["--out", __file__]])
-def test_bad_settings_are_refused_in_one_line(argv, capsys):
+def test_bad_settings_are_refused_in_one_line(argv, refused_in_one_line):
     """Failing: a mistyped flag ends in a traceback."""
-    with pytest.raises(SystemExit) as stop:
-        run_script(lambda: e.main(parse_settings(e.Settings, argv)))
-    assert stop.value.code == 2
-    message = capsys.readouterr().err
-    assert message.startswith("error: ") and message.count("\n") == 1
+    refused_in_one_line(e, argv)
 
 
 def test_the_script_writes_its_files_and_repeats_itself(tmp_path, capsys):

@@ -9,7 +9,6 @@ import torch
 from torch.nn.functional import binary_cross_entropy_with_logits, softplus
 
 from toy_envs import gridworld as g
-from utils.cli import InputError, parse_settings, run_script
 
 WORLD = g.read_map(g.MAP, slip=0.2)
 T = 12
@@ -323,15 +322,9 @@ def test_intervals_use_students_t(n, quantile):
 @pytest.mark.parametrize("argv", [
     ["--demos", "1,x"], ["--demos", "0,5"], ["--seeds", "1"], ["--slip", "1.5"], ["--slip", "nan"],
     ["--horizon", "0"], ["--seeds", "100000"], ["--demos", "1,10000000"], ["--out", __file__]])
-def test_bad_settings_are_refused_in_one_line(argv, capsys):
+def test_bad_settings_are_refused_in_one_line(argv, refused_in_one_line):
     """Failing: a mistyped flag ends in a traceback, or in swapping."""
-    with pytest.raises(SystemExit) as stop:
-        run_script(lambda: g.main(parse_settings(g.Settings, argv)))
-    assert stop.value.code == 2
-    message = capsys.readouterr().err
-    assert message.startswith("error: ") and message.count("\n") == 1
-    with pytest.raises(InputError):
-        g.main(parse_settings(g.Settings, argv))
+    refused_in_one_line(g, argv)
 
 
 def test_the_claim_and_the_files(tmp_path, capsys):

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from toy_envs import heterogeneity as h
-from utils.cli import InputError, parse_settings, run_script
 
 SMALL = h.Settings(seeds=4, samples=2000, prompts=250)
 
@@ -140,15 +139,9 @@ def test_init_sft_loses_once_sft_learns_the_mark():
     ["--seeds", "1"], ["--samples", "3"], ["--prompts", "0"], ["--n", "0"], ["--quality", "1"],
     ["--offset", "1e9"], ["--quality", "nan"],
     ["--n", "1000000"], ["--samples", "100000000"], ["--out", __file__]])
-def test_bad_settings_are_refused_in_one_line(argv, capsys):
+def test_bad_settings_are_refused_in_one_line(argv, refused_in_one_line):
     """Failing: a mistyped flag ends in a traceback, or in swapping."""
-    with pytest.raises(SystemExit) as stop:
-        run_script(lambda: h.main(parse_settings(h.Settings, argv)))
-    assert stop.value.code == 2
-    message = capsys.readouterr().err
-    assert message.startswith("error: ") and message.count("\n") == 1
-    with pytest.raises(InputError):
-        h.main(parse_settings(h.Settings, argv))
+    refused_in_one_line(h, argv)
 
 
 def test_the_script_writes_its_files_and_repeats_itself(tmp_path, capsys):

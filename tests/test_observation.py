@@ -9,7 +9,6 @@ import torch
 from torch.distributions import MultivariateNormal, kl_divergence
 
 from toy_envs import observation as o
-from utils.cli import parse_settings, run_script
 
 N = 3
 WORLD = o.make_world(N, 2, torch.Generator().manual_seed(0))
@@ -215,13 +214,9 @@ def test_everybody_arrives_with_plenty_of_episodes():
 
 @pytest.mark.parametrize("argv", [
     ["--seeds", "1"], ["--demos", "5"], ["--rounds", "0"], ["--out", __file__], ["--nope"]])
-def test_bad_settings_are_refused_in_one_line(argv, capsys):
+def test_bad_settings_are_refused_in_one_line(argv, refused_in_one_line):
     """Failing: a mistyped flag ends in a traceback."""
-    with pytest.raises(SystemExit) as stop:
-        run_script(lambda: o.main(parse_settings(o.Settings, argv)))
-    assert stop.value.code == 2
-    message = capsys.readouterr().err
-    assert message.startswith("error: ") and message.count("\n") == 1
+    refused_in_one_line(o, argv)
 
 
 def test_the_script_writes_its_files_and_repeats_itself(tmp_path, capsys):

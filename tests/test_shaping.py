@@ -9,7 +9,6 @@ import torch
 from toy_envs import shaping as g
 from toy_envs import token_mdp
 from toy_envs.grids import occupancy, read_map, soft_value_iteration, value_iteration
-from utils.cli import InputError, parse_settings, run_script
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SLIPPERY, WORLD = read_map(g.MAP, slip=0.2), read_map(g.MAP, slip=0)
@@ -266,15 +265,9 @@ def test_in_a_world_with_chance_too():
 @pytest.mark.parametrize("argv", [
     ["--seeds", "1"], ["--seeds", "1000"], ["--demos", "0"], ["--episodes", "9"],
     ["--horizon", "9"], ["--horizon", "x"], ["--nope"], ["--out", __file__]])
-def test_bad_settings_are_refused_in_one_line(argv, capsys):
+def test_bad_settings_are_refused_in_one_line(argv, refused_in_one_line):
     """Failing: a mistyped flag ends in a traceback, or in swapping."""
-    with pytest.raises(SystemExit) as stop:
-        run_script(lambda: g.main(parse_settings(g.Settings, argv)))
-    assert stop.value.code == 2
-    message = capsys.readouterr().err
-    assert message.startswith("error: ") and message.count("\n") == 1
-    with pytest.raises(InputError):
-        g.main(parse_settings(g.Settings, argv))
+    refused_in_one_line(g, argv)
 
 
 def test_the_claims_and_the_files(tmp_path, capsys, monkeypatch):
